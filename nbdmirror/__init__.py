@@ -1,0 +1,16 @@
+"""nbdmirror: serve a disk over NBD and mirror it to another host while it is in use.
+
+The map, from the top; a package may import what stands below it, never above, and packages on one line are strangers:
+
+    cli                  the command line: one file per noun
+    daemon               the composition root of `serve`: builds everything, signals, shutdown order
+    commands             QMP verbs: look up, call one method, shape the answer
+    inventory            nodes, exports and jobs by name
+    mirror server qmp    the mirror job; the NBD server; a QMP server that knows nothing of disks
+    jobs devices         job status machine; block devices: file, memory, NBD, and the tracking filter
+    bitmap protocol      dirty bitmaps and the rules of a copy; the NBD wire, without I/O
+    extents              what block status says of a range
+    errors units         the exception tree; sizes and rates
+"""
+
+__version__ = "0.1.0"
