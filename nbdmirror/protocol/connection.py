@@ -1,0 +1,84 @@
+"""ServerConnection: the server's half of one NBD connection, without I/O.
+
+Rules:
+1. A Handshake, then a Transmission, over one Receiver: the first request may share a segment with the last option.
+2. The owner alternates `get_buffer` / `buffer_updated` with draining `next_event` (haggling) or `next_request`
+   (transmission), and sends what `data_to_send` returns, in order.
+3. Nothing here looks a name up, judges a client or touches a disk: it asks by events and is told by answers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nbdmirror.protocol.handshake import Handshake
+from nbdmirror.protocol.messages import HandshakeEvent, Opened
+from nbdmirror.protocol.receiver import Receiver
+from nbdmirror.protocol.transmission import Transmission
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdmirror.protocol.constants import OptionReply
+    from nbdmirror.protocol.messages import Answer, ExportInfo, Request
+
+
+class ServerConnection:
+    """The state of one client's connection."""
+
+    def __init__(self) -> None:
+        self._receiver = Receiver()
+        self._handshake = Handshake(self._receiver)
+        self._transmission: Transmission | None = None
+        self.get_buffer = self._receiver.get_buffer
+        self.buffer_updated = self._receiver.buffer_updated
+
+    @property
+    def is_open(self) -> bool:
+        """Whether haggling has ended with an export."""
+        return self._transmission is not None
+
+    @property
+    def structured(self) -> bool:
+        """Whether replies are structured."""
+        return self._transmission is not None and self._transmission.structured
+
+    def next_event(self) -> HandshakeEvent | None:
+        """The next event of the haggling; None when it needs more bytes. After Opened, `next_request` takes over."""
+        event = self._handshake.next_event()
+        if isinstance(event, Opened):
+            self._transmission = Transmission(self._receiver, event)
+            self._transmission.out += self._handshake.out
+        return event
+
+    def next_request(self) -> Request | None:
+        """The next request of the transmission; None when it needs more bytes."""
+        assert self._transmission is not None, "no export has been opened"
+        return self._transmission.next_request()
+
+    def reply(self, request: Request, answer: Answer) -> None:
+        """Queue the answer to a request; answers may be given in any order."""
+        assert self._transmission is not None, "no export has been opened"
+        self._transmission.reply(request, answer)
+
+    def data_to_send(self) -> list[bytes | bytearray | memoryview]:
+        """What is to be sent, in order; it is handed over once."""
+        phase: Handshake | Transmission = self._transmission or self._handshake
+        out, phase.out = phase.out, []
+        return out
+
+    def accept(self, info: ExportInfo) -> None:
+        """Answer an ExportQuery: the export exists, and is so."""
+        self._handshake.accept(info)
+
+    def refuse(self, reply: OptionReply, message: str) -> None:
+        """Answer any query with an error; raises ProtocolError where only hanging up can say it."""
+        self._handshake.refuse(reply, message)
+
+    def list_exports(self, exports: Sequence[tuple[str, str]]) -> None:
+        """Answer a ListQuery with (name, description) pairs."""
+        self._handshake.list_exports(exports)
+
+    def offer_contexts(self, available: Sequence[str]) -> None:
+        """Answer a MetaContextQuery with the names of the export's meta contexts."""
+        self._handshake.offer_contexts(available)

@@ -1,0 +1,178 @@
+"""What crosses the border of the protocol core: events out of it, answers into it, and the packed form of both.
+
+Rules:
+1. Everything here is immutable and knows how to print itself for a log line.
+2. `Request` is a NamedTuple, not a dataclass: one is made per command, and a tuple is built three times as fast as a frozen
+   dataclass with slots (0.3 against 0.9 us).
+3. A request's payload up to `receiver.IN_WINDOW` bytes lies in the connection's own window, and is overwritten by
+   the next bytes that arrive: who answers later than at once must call `detached()` first.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from nbdmirror.protocol import constants as c
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdmirror.extents import ExtentList
+
+_SIMPLE: Final = struct.Struct(">IIQ")
+_CHUNK: Final = struct.Struct(">IHHQI")
+_DATA_CHUNK: Final = struct.Struct(">IHHQIQ")
+_HOLE_CHUNK: Final = struct.Struct(">IHHQIQI")
+_OPTION_REPLY: Final = struct.Struct(">QIII")
+
+
+class Request(NamedTuple):
+    """One command of the transmission phase. Section "Request message"; offset and length in bytes."""
+
+    command: int
+    flags: int
+    cookie: int
+    offset: int
+    length: int
+    payload: memoryview | None = None
+
+    def detached(self) -> Request:
+        """The same request with a payload of its own, safe to keep while more bytes arrive."""
+        return self if self.payload is None else self._replace(payload=memoryview(bytes(self.payload)))
+
+    def __repr__(self) -> str:
+        name = c.CMD_NAMES[self.command] if self.command < len(c.CMD_NAMES) else f"command {self.command}"
+        words = "".join(f" {word}" for bit, word in c.FLAG_NAMES if self.flags & bit)
+        return f"<Request {name} {self.offset:#x}+{self.length} cookie={self.cookie}{words}>"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What a server says of an export when a client opens it: size in bytes, transmission flags, block sizes in bytes."""
+
+    name: str
+    size: int
+    flags: int
+    description: str = ""
+    minimum_block: int = 1
+    preferred_block: int = 4096
+    maximum_payload: int = c.DEFAULT_MAX_PAYLOAD
+    contexts: tuple[str, ...] = (c.BASE_ALLOCATION,)
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether writes of every kind are refused."""
+        return bool(self.flags & c.TFLAG_READ_ONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportQuery:
+    """The client asks for an export (EXPORT_NAME, INFO or GO): answer with `accept` or `refuse`."""
+
+    name: str
+    option: c.Option
+
+
+@dataclass(frozen=True, slots=True)
+class ListQuery:
+    """The client asks what there is: answer with `list_exports`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetaContextQuery:
+    """The client asks for meta contexts of an export: answer with `offer_contexts` or `refuse`."""
+
+    export: str
+    queries: tuple[str, ...]
+    option: c.Option
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Haggling is over: requests follow. `contexts` maps the granted ids to meta context names."""
+
+    info: ExportInfo
+    structured: bool
+    contexts: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The client said goodbye (ABORT or DISC): finish what it was promised, send what is left, close."""
+
+
+HandshakeEvent = ExportQuery | ListQuery | MetaContextQuery | Opened | Disconnected
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The request succeeded and has no data to return."""
+
+
+DONE: Final = Done()
+
+
+class ReadReply(NamedTuple):
+    """The content of a READ: `data` whole, or, where the reply is structured, the `runs` (start, end, is zero) of it."""
+
+    data: bytearray
+    runs: Sequence[tuple[int, int, bool]] | None = None
+
+
+class StatusReply(NamedTuple):
+    """Block status: the extents of each granted context, by its id."""
+
+    extents: Sequence[tuple[int, ExtentList]]
+
+
+class Refusal(NamedTuple):
+    """The request failed with an NBD error number (section "Error values") and a line for the user."""
+
+    error: int
+    message: str = ""
+
+
+Answer = Done | ReadReply | StatusReply | Refusal
+
+
+def option_reply(option: int, reply: int, data: bytes = b"") -> bytes:
+    """One reply of the haggling, section "Option replies"."""
+    return _OPTION_REPLY.pack(c.OPTION_REPLY_MAGIC, option, reply, len(data)) + data
+
+
+def wire_text(message: str) -> bytes:
+    """A message as a protocol string: UTF-8, cut between characters at what a string may have (section "Values")."""
+    return message.encode(errors="replace")[: c.MAX_STRING].decode(errors="ignore").encode()
+
+
+def simple_reply(cookie: int, error: int = 0) -> bytes:
+    """Section "Simple reply message": 16 bytes."""
+    return _SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, error, cookie)
+
+
+def data_chunk(cookie: int, flags: int, offset: int, length: int) -> bytes:
+    """The head of an OFFSET_DATA chunk; `length` bytes of content follow it."""
+    return _DATA_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_OFFSET_DATA, cookie, length + 8, offset)
+
+
+def hole_chunk(cookie: int, flags: int, offset: int, length: int) -> bytes:
+    """An OFFSET_HOLE chunk: `length` zeroes that do not travel."""
+    return _HOLE_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_OFFSET_HOLE, cookie, 12, offset, length)
+
+
+def error_chunk(cookie: int, error: int, message: str) -> bytes:
+    """An ERROR chunk that ends the reply."""
+    text = wire_text(message)
+    head = _CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_ERROR, cookie, 6 + len(text))
+    return head + struct.pack(">IH", error, len(text)) + text
+
+
+def status_chunk(cookie: int, flags: int, context_id: int, extents: ExtentList) -> bytes:
+    """A BLOCK_STATUS chunk: the extents of one meta context, with 32-bit lengths."""
+    words = [context_id]
+    for extent in extents:
+        words += (extent.length, extent.flags)
+    head = _CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_BLOCK_STATUS, cookie, 4 * len(words))
+    return head + struct.pack(f">{len(words)}I", *words)
