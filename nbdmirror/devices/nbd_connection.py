@@ -1,0 +1,398 @@
+"""NbdConnection: one libnbd handle, driven by the running event loop. The only module that imports `nbd`.
+
+Rules:
+1. One thread, one loop, only `aio_*` calls. The loop watches `aio_get_fd()` in the directions that `aio_get_direction()` names;
+   they are asked for again after every call that may change them.
+2. libnbd calls back under the handle's lock. A callback appends to a list and returns, nothing else: any call on the handle
+   from there would deadlock, and an exception would be swallowed. Futures resolve once libnbd's call has returned.
+3. A notification which the state does not expect is an error in libnbd, and one without data behind it makes it hold back
+   new commands: so the direction is checked again before each, and none is ever sent on speculation.
+4. When the peer is gone, libnbd has closed its fd already. The loop is told at once, by the number remembered, since the next
+   socket to be opened may get it. Every pending command then fails, whether or not libnbd called back for it: for
+   a handle that is dropped with commands in flight it never does.
+5. libnbd holds each buffer until its command is retired; so a cancelled caller is harmless, but the *content* of its
+   buffer stays in use: after a cancelled read or write, drop the buffer, do not use it again.
+6. A handle that is closed or dead can't be connected again. Make another NbdConnection.
+7. libnbd verifies a server's certificate only against a host name that it was given itself (CVE-2024-7383), so TLS goes
+   through its own connect call, and x509 over a transport without host names is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from nbdmirror.devices.base import Capabilities
+from nbdmirror.devices.nbd_setup import READ, WRITE, Handle, connect_failure, resolve, set_up_tls, wait_for_fd
+from nbdmirror.errors import DeviceError, UsageError
+from nbdmirror.protocol.constants import BASE_ALLOCATION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from ctypes import c_int
+
+    from nbdmirror.devices.uri import NbdEndpoint
+
+try:
+    import nbd
+except ImportError:  # said when a connection is wanted: everything else works without
+    nbd = None
+
+# Seconds for a server to be found, connected to and agreed with; as long as a TCP connect may take with two packets lost.
+CONNECT_TIMEOUT: Final = 10.0
+# Seconds that an orderly goodbye may take; a server that does not answer is dropped after that.
+CLOSE_TIMEOUT: Final = 5.0
+_MISSING: Final = (
+    "NBD needs libnbd's Python binding: apt install python3-libnbd, or your distribution's package of it "
+    "(the package called nbd on PyPI is something else)"
+)
+
+Buffer: TypeAlias = bytearray | memoryview
+Data: TypeAlias = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """What the server advertised, in bytes; 0 where it said nothing."""
+
+    minimum: int
+    preferred: int
+    maximum: int
+
+
+class NbdConnection:
+    """One connection to an export, ready for commands. Construct it with `connect` or `connect_command`.
+
+    Every command returns at once with a future, or raises DeviceError when it can't even be sent. A future fails with
+    DeviceError: the server's errno, or ENOTCONN when the connection is lost. Nothing bounds the commands in flight.
+    """
+
+    def __init__(self, handle: Handle, name: str) -> None:
+        self.name = name
+        self.size = 0
+        self.block_sizes = BlockSizes(0, 0, 0)
+        self.capabilities = Capabilities()
+        self.has_base_allocation = False
+        self._loop = asyncio.get_running_loop()
+        self._handle: Handle | None = handle
+        self._fd = -1
+        self._watched = 0
+        self._closing = False
+        self._gone: asyncio.Future[None] = self._loop.create_future()
+        self._drained: asyncio.Future[None] | None = None
+        # What was asked, by future, for the text of a failure; and what libnbd reported since the last settlement.
+        self._pending: dict[asyncio.Future[None], tuple[str, tuple[object, ...]]] = {}
+        self._completed: list[tuple[asyncio.Future[None], int]] = []
+
+    @classmethod
+    async def connect(cls, endpoint: NbdEndpoint, *, timeout: float = CONNECT_TIMEOUT) -> NbdConnection:
+        """Connect within `timeout` seconds. Raises DeviceError, or UsageError where libnbd or safe TLS is missing."""
+        _require_libnbd()
+        name = endpoint.uri
+        if endpoint.transport == "unix":
+            return await cls._open(endpoint, name, timeout, lambda handle: handle.aio_connect_unix(endpoint.socket))
+        if endpoint.transport == "vsock":
+            return await cls._open(
+                endpoint, name, timeout, lambda handle: handle.aio_connect_vsock(int(endpoint.host), endpoint.port)
+            )
+        # libnbd looks names up where it stands. It must have the name for TLS (rule 7): then it does so in a thread.
+        addresses = [endpoint.host] if endpoint.tls else await resolve(endpoint, timeout)
+        return await cls._connect_any(endpoint, addresses, timeout)
+
+    @classmethod
+    async def connect_command(cls, argv: Sequence[str], *, timeout: float = CONNECT_TIMEOUT) -> NbdConnection:
+        """Start a captive server by systemd socket activation; it ends with the connection."""
+        _require_libnbd()
+        name = f"[ {' '.join(argv)} ]"
+        if not argv or shutil.which(argv[0]) is None:
+            raise UsageError(f"{name}: no such command to start an NBD server with")
+        return await cls._open(None, name, timeout, lambda handle: handle.aio_connect_systemd_socket_activation(list(argv)))
+
+    @classmethod
+    async def _connect_any(cls, endpoint: NbdEndpoint, addresses: list[str], timeout: float) -> NbdConnection:
+        """The first TCP address that answers; the time left is shared evenly by those not yet tried."""
+        deadline = asyncio.get_running_loop().time() + timeout
+        failure = DeviceError(errno.EHOSTUNREACH, f"cannot connect to {endpoint.uri}")
+        for tried, address in enumerate(addresses):
+            share = (deadline - asyncio.get_running_loop().time()) / (len(addresses) - tried)
+
+            def start(handle: Handle, address: str = address) -> None:
+                handle.aio_connect_tcp(address, str(endpoint.port))
+
+            try:
+                return await cls._open(endpoint, endpoint.uri, share, start)
+            except DeviceError as error:
+                failure = error
+        raise failure
+
+    @classmethod
+    async def _open(
+        cls, endpoint: NbdEndpoint | None, name: str, timeout: float, start: Callable[[Handle], None]
+    ) -> NbdConnection:
+        connection = cls(_new_handle(endpoint), name)
+        try:
+            async with asyncio.timeout(timeout):
+                # In a thread: a name may have to be looked up, or a command started.
+                await asyncio.to_thread(start, connection._handle)
+                await connection._handshake()
+            connection._learn()
+            connection._fd = connection._live.aio_get_fd()
+            connection._update()
+            return connection
+        except TimeoutError:
+            failure = DeviceError(errno.ETIMEDOUT, f"cannot connect to {name}")
+        except nbd.Error as error:
+            failure = connect_failure(error, name)
+        except BaseException:
+            connection._lose()
+            raise
+        connection._lose()
+        raise failure  # out here, where it does not carry libnbd's frames along: those keep the handle open
+
+    async def _handshake(self) -> None:
+        """Step through connecting and negotiation. The fd may be another one at each step: libnbd tries several addresses."""
+        while self._live.aio_is_connecting():
+            direction = self._live.aio_get_direction()
+            ready = await wait_for_fd(self._loop, self._live.aio_get_fd(), direction)
+            if ready & READ:
+                self._live.aio_notify_read()
+            else:
+                self._live.aio_notify_write()
+        if not self._live.aio_is_ready():
+            raise DeviceError(errno.ECONNRESET, f"cannot connect to {self.name}")
+
+    def _learn(self) -> None:
+        """Take down what the server said of itself."""
+        handle = self._live
+        self.size = handle.get_size()
+        if self.size < 0:  # libnbd lets sizes from 2**63 on through (CVE-2023-5215)
+            raise DeviceError(errno.EFBIG, f"{self.name}: the server's size for it, {self.size % 2**64} bytes, is out of range")
+        sizes = (handle.get_block_size(which) for which in (nbd.SIZE_MINIMUM, nbd.SIZE_PREFERRED, nbd.SIZE_MAXIMUM))
+        self.block_sizes = BlockSizes(*sizes)
+        self.has_base_allocation = handle.can_meta_context(BASE_ALLOCATION)
+        self.capabilities = Capabilities(
+            read_only=handle.is_read_only(),
+            flush=handle.can_flush(),
+            fua=handle.can_fua(),
+            trim=handle.can_trim(),
+            zero=handle.can_zero(),
+            fast_zero=handle.can_zero() and handle.can_fast_zero(),
+            cache=handle.can_cache(),
+            extents=self.has_base_allocation,
+            rotational=handle.is_rotational(),
+            multi_conn=handle.can_multi_conn(),
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """Commands sent or queued that the server has not answered, those included that nobody waits for any more."""
+        return len(self._pending)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether commands can be sent; False for good once the connection was lost or closed."""
+        return self._handle is not None and not self._closing
+
+    @property
+    def _live(self) -> Handle:
+        if self._handle is None or self._closing:
+            raise DeviceError(errno.ENOTCONN, f"{self.name}: the connection is {'closed' if self._closing else 'lost'}")
+        return self._handle
+
+    def pread(self, buffer: Buffer, offset: int) -> asyncio.Future[None]:
+        """Fill `buffer`; it is in use until the future is done, and for longer if that was cancelled (rule 5)."""
+        return self._issue("read", self._live.aio_pread, 0, buffer, offset)
+
+    def pwrite(self, data: Data, offset: int, flags: int = 0) -> asyncio.Future[None]:
+        """Write `data`, which is not copied. Flags: FUA."""
+        return self._issue("write", self._live.aio_pwrite, flags, data, offset)
+
+    def zero(self, offset: int, length: int, flags: int = 0) -> asyncio.Future[None]:
+        """Write zeroes. Flags: FUA, NO_HOLE, FAST_ZERO."""
+        return self._issue("zero", self._live.aio_zero, flags, length, offset)
+
+    def trim(self, offset: int, length: int, flags: int = 0) -> asyncio.Future[None]:
+        """Discard. Flags: FUA."""
+        return self._issue("trim", self._live.aio_trim, flags, length, offset)
+
+    def cache(self, offset: int, length: int) -> asyncio.Future[None]:
+        """Have the server read ahead."""
+        return self._issue("cache", self._live.aio_cache, 0, length, offset)
+
+    def flush(self) -> asyncio.Future[None]:
+        """Make durable every write that has been answered."""
+        return self._issue("flush", self._live.aio_flush, 0)
+
+    async def block_status(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """`base:allocation` from `offset` on as `(length, flags)`; may cover less or, with its last extent, more than asked."""
+        numbers: list[int] = []
+
+        def extents(context: str, _offset: int, entries: list[int], error: c_int) -> int:
+            try:
+                if context == BASE_ALLOCATION:
+                    numbers.extend(entries)
+            except BaseException:  # rule 2
+                error.value = errno.EIO
+                return -1
+            return 0
+
+        await self._issue("block status", self._live.aio_block_status, 0, length, offset, extents)
+        return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+    def _issue(self, what: str, start: Callable[..., int], flags: int, *arguments: object) -> asyncio.Future[None]:
+        future = self._loop.create_future()
+        completed = self._completed
+
+        def completion(error: c_int) -> int:
+            try:
+                completed.append((future, error.value))
+            except BaseException:  # rule 2; a signal's exception may come up anywhere
+                completed.append((future, errno.EINTR))
+            return 1
+
+        try:
+            start(*arguments, completion, flags)
+        except nbd.Error as error:
+            number = error.errnum
+        else:
+            # Only now, when libnbd has taken it. It may have called back already, but nothing settles before _update.
+            self._pending[future] = (what, arguments)
+            self._update()
+            return future
+        self._update()
+        raise self._failure(what, arguments, number if self._handle is not None else errno.ENOTCONN)
+
+    def _readable(self) -> None:
+        self._notify(READ)
+
+    def _writable(self) -> None:
+        self._notify(WRITE)
+
+    def _notify(self, direction: int) -> None:
+        handle = self._handle
+        if handle is None:
+            return
+        try:
+            if handle.aio_get_direction() & direction:
+                if direction == READ:
+                    handle.aio_notify_read()
+                else:
+                    handle.aio_notify_write()
+        except nbd.Error:
+            pass  # the connection broke, which its direction shows as well
+        self._update()
+
+    def _update(self) -> None:
+        """Resolve what has completed and watch what libnbd now waits for; a handle that waits for nothing is gone."""
+        if self._completed:
+            self._settle()
+        if self._handle is None:
+            return
+        direction = self._handle.aio_get_direction()
+        if direction == 0:
+            self._lose()
+        elif direction != self._watched:
+            self._watch(direction)
+
+    def _settle(self) -> None:
+        # set_result only schedules, so nothing can complete meanwhile.
+        for future, error in self._completed:
+            what, arguments = self._pending.pop(future, ("", ()))
+            if future.done():  # cancelled
+                continue
+            if error:
+                future.set_exception(self._failure(what, arguments, error))
+            else:
+                future.set_result(None)
+        self._completed.clear()
+        if self._drained is not None and not self._pending and not self._drained.done():
+            self._drained.set_result(None)
+
+    def _watch(self, direction: int) -> None:
+        changed = direction ^ self._watched
+        self._watched = direction
+        if changed & READ:
+            if direction & READ:
+                self._loop.add_reader(self._fd, self._readable)
+            else:
+                self._loop.remove_reader(self._fd)
+        if changed & WRITE:
+            if direction & WRITE:
+                self._loop.add_writer(self._fd, self._writable)
+            else:
+                self._loop.remove_writer(self._fd)
+
+    def _lose(self) -> None:
+        """The end, by whichever side: stop watching, drop the handle, fail what is pending. Idempotent."""
+        if self._watched:
+            self._watched = 0
+            for remove in (self._loop.remove_reader, self._loop.remove_writer):
+                # With both watched, asyncio tells epoll of the change, which knows no closed fd; it is forgotten all the same.
+                with contextlib.suppress(OSError):
+                    remove(self._fd)
+        self._handle = None
+        pending, self._pending = self._pending, {}
+        for future, (what, arguments) in pending.items():
+            if not future.done():
+                future.set_exception(self._failure(what, arguments, errno.ENOTCONN))
+        if not self._gone.done():
+            self._gone.set_result(None)
+
+    def _failure(self, what: str, arguments: tuple[object, ...], error: int) -> DeviceError:
+        where = ""
+        if arguments:
+            length = len(arguments[0]) if isinstance(arguments[0], bytes | bytearray | memoryview) else arguments[0]
+            where = f" of {length} bytes at {arguments[1]}"
+        return DeviceError(error, f"{self.name}: {what}{where}")
+
+    async def aclose(self, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Wait for what is in flight, say goodbye, and drop the server after at most `timeout` seconds. Idempotent."""
+        try:
+            async with asyncio.timeout(timeout):
+                if self.is_alive:
+                    self._closing = True
+                    await self._say_goodbye()
+                await asyncio.wait({self._gone})
+        except TimeoutError:
+            pass
+        finally:
+            self._lose()
+
+    async def _say_goodbye(self) -> None:
+        # nbdkit answers ESHUTDOWN to the commands which it still works on when the goodbye arrives.
+        if self._pending:
+            self._drained = self._loop.create_future()
+            await asyncio.wait({self._drained, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        if self._handle is not None:
+            try:
+                self._handle.aio_disconnect()
+            except nbd.Error:
+                self._lose()
+            self._update()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing else "lost" if self._handle is None else f"{self.in_flight} in flight"
+        return f"<NbdConnection {self.name} {state}>"
+
+
+def _require_libnbd() -> None:
+    # PyPI's package of this name is there, too, on some machines: it has no NBD.
+    if nbd is None or not hasattr(nbd, "NBD"):
+        raise UsageError(_MISSING)
+
+
+def _new_handle(endpoint: NbdEndpoint | None) -> Handle:
+    handle = nbd.NBD()
+    handle.add_meta_context(BASE_ALLOCATION)
+    # Clearing each buffer before it is read into costs a pass over it; we never look at one whose read failed.
+    if hasattr(handle, "set_pread_initialize"):
+        handle.set_pread_initialize(False)
+    if endpoint is not None:
+        handle.set_export_name(endpoint.export)
+        if endpoint.tls:
+            set_up_tls(handle, endpoint)
+    return handle

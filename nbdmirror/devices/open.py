@@ -1,0 +1,57 @@
+"""From what the user typed to an open device.
+
+    disk.img, /dev/vdb, file:///srv/disk.img     FileDevice
+    nbd://..., nbd+unix://..., nbd:HOST:PORT...  NbdDevice
+    ["nbdkit", "memory", "1G"]                   NbdDevice over a captive server, which ends with it
+
+Rules:
+1. What looks like an NBD endpoint is one, even if a file of that name exists: that is reached as `./nbd:...`.
+2. Other schemes are refused by name instead of being looked for as files.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
+
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.devices.nbd import NbdDevice
+from nbdmirror.devices.nbd_connection import CONNECT_TIMEOUT
+from nbdmirror.devices.uri import looks_like_uri, parse_endpoint
+from nbdmirror.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdmirror.devices.base import BlockDevice
+
+_SCHEME: Final = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_FILE_URI: Final = re.compile(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", re.IGNORECASE)
+
+
+async def open_device(
+    target: str | Sequence[str], *, read_only: bool = False, connections: int = 4, timeout: float = CONNECT_TIMEOUT
+) -> BlockDevice:
+    """Open a path, a URI, or the command (a list) of a captive server.
+
+    `connections` and `timeout` (seconds, for connecting) are for NBD. Raises UsageError and DeviceError.
+    """
+    if not isinstance(target, str):
+        return await NbdDevice.open_command(target, read_only=read_only, timeout=timeout)
+    if looks_like_uri(target):
+        endpoint = parse_endpoint(target)
+        return await NbdDevice.open(endpoint, connections=connections, read_only=read_only, timeout=timeout)
+    return FileDevice.open(_path(target), read_only=read_only)
+
+
+def _path(target: str) -> str:
+    if not target:
+        raise UsageError("the name of a disk can't be empty: give a path or an NBD URI")
+    if target.lower().startswith("file:"):
+        if (match := _FILE_URI.fullmatch(target)) is None:
+            raise UsageError(f"'{target}' is not a local file: write file:///PATH, or just the path")
+        return unquote(match[1], errors="surrogateescape")
+    if (match := _SCHEME.match(target)) is not None:
+        raise UsageError(f"'{target}': '{match[1]}' is not supported; give a path, or the URI of an NBD server for it")
+    return target
