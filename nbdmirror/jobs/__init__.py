@@ -1,0 +1,1 @@
+"""Jobs: `status` holds the state machine's tables, `job` runs one."""

@@ -1,0 +1,417 @@
+"""MirrorJob: copies what is dirty until source and target are in step, keeps them so, and hands over.
+
+Rules:
+1. Chunks are taken, then the source is asked for their block status, then they are read (SyncState's rule 2); units that were
+   planned are given back when the guest has written to them since, so a stale status is never acted on.
+2. READY is said once, after a moment at which nothing was dirty or being copied, and after the target was flushed. At
+   completion the source is drained first, so that what is then copied and flushed stays so until the exports have moved.
+3. A failed unit is dirty again before anything else happens; the guest's own requests never fail because of the job.
+4. A guest that rewrites faster than passes get shorter is held back in turns of HOLD_SECONDS, but only where that can
+   succeed soon; a slow target never slows a guest for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+from nbdmirror.bitmap.dirty import DirtyBitmap
+from nbdmirror.bitmap.recorder import WriteRecorder
+from nbdmirror.bitmap.sync_state import SyncState
+from nbdmirror.errors import DeviceError, StateError
+from nbdmirror.extents import ExtentList
+from nbdmirror.jobs.job import Job
+from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
+from nbdmirror.mirror.copier import Copier, CopyFailed, CopyOptions
+from nbdmirror.mirror.plan import Unit, plan
+from nbdmirror.mirror.progress import Progress
+from nbdmirror.mirror.throttle import Throttle
+from nbdmirror.mirror.zero_map import ZeroMap
+from nbdmirror.units import GiB, KiB, MiB, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdmirror.devices.base import BlockDevice
+    from nbdmirror.devices.tracked import TrackedDevice
+    from nbdmirror.jobs.job import Emit
+
+_log: Final = logging.getLogger(__name__)
+
+DEFAULT_GRANULARITY: Final = 64 * KiB
+MIN_GRANULARITY: Final = 512
+MAX_GRANULARITY: Final = 64 * MiB
+# What one question for block status covers: long holes are one answer, and what is planned is still fresh when begun.
+_RUN: Final = GiB
+# How long a READY job lets writes gather before it copies them: a rewritten chunk is copied ten times a second at most.
+_GATHER_SECONDS: Final = 0.1
+# Draining is short when no more than this is left; 16 MiB travel in 10 to 20 ms on loopback.
+_SMALL: Final = 16 * MiB
+# A pass that leaves more than this share of what the pass before it left does not converge.
+_SHRINKING: Final = 0.75
+# Holding a guest back: so long at a time, released so long in between, and only when this much copying is left in all.
+HOLD_SECONDS: Final = 0.1
+_RELEASE_SECONDS: Final = 0.02
+_CLOSE_IN_SECONDS: Final = 2.0
+_CLOSE_IN_TURNS: Final = 40
+# How long a job that ends waits for requests to a target that does not answer.
+_ABANDON_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions:
+    """How to mirror. `granularity` in bytes; `sync` says what is dirty at the start.
+
+    Without `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
+    """
+
+    sync: Literal["full", "top", "none"] = "full"
+    granularity: int = DEFAULT_GRANULARITY
+    target_is_zero: bool = False
+    flush: bool = True
+    larger_target: bool = False
+    copy: CopyOptions = field(default_factory=CopyOptions)
+
+    def __post_init__(self) -> None:
+        if not MIN_GRANULARITY <= self.granularity <= MAX_GRANULARITY:
+            raise StateError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+        if self.granularity & (self.granularity - 1):
+            raise StateError("Parameter 'granularity' expects a power of 2")
+
+
+class MirrorJob(Job):
+    """Mirrors `source` to `target`; `pivot` is called, drained, when the job was told to complete and has."""
+
+    kind: ClassVar[str] = "mirror"
+
+    def __init__(
+        self,
+        job_id: str,
+        source: TrackedDevice,
+        target: BlockDevice,
+        emit: Emit,
+        *,
+        pivot: Callable[[], None],
+        options: MirrorOptions,
+        speed: int = 0,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+    ) -> None:
+        super().__init__(job_id, emit, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        self.source = source
+        self.target = target
+        self.options = options
+        self.counters = Progress()
+        granularity = max(options.granularity, target.limits.minimum)
+        self.state = SyncState(DirtyBitmap(source.size, granularity))
+        self._recorder = WriteRecorder(self.state, self._on_write)
+        self._zero_map = ZeroMap(source.size, granularity)
+        self._copier = Copier(source, target, self._zero_map, self.counters, options.copy)
+        self._geometry = self._copier.geometry(granularity)
+        self._throttle = Throttle(speed)
+        self._pivot = pivot
+        self._planned: deque[Unit] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: CopyFailed | None = None
+        self._ending: Literal["", "complete", "cancel"] = ""
+        self._finishing = False
+        self._waiting_for_write = False
+
+    # --- the run ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """See Job."""
+        self._check_sizes()
+        self.source.observe(self._recorder)
+        try:
+            await self._prepare()
+            await self._converge()
+            await self._flush_target()
+            self._become_ready()
+            await self._stay_in_step()
+            await self._finish()
+        except CopyFailed as failure:
+            raise failure.cause from None
+        finally:
+            self.source.forget(self._recorder)
+
+    def _check_sizes(self) -> None:
+        """A server may round an export up to whole sectors; anything else that differs is a mistake, or asked for."""
+        source, target = self.source.size, self.target.size
+        if not source <= target or (target > round_up(source, 512) and not self.options.larger_target):
+            raise StateError("Source and target image have different sizes")
+
+    async def _prepare(self) -> None:
+        if self.options.sync != "none":
+            self.state.dirty.fill()
+        if self.options.target_is_zero:
+            self._zero_map.set_zero(0, self.source.size)
+        elif self.options.sync != "none":
+            try:
+                await self._copier.learn_zeroes()
+            except DeviceError as error:
+                _log.info("job '%s': the target does not tell its extents (%s); zeroes are written everywhere", self.id, error)
+
+    async def _converge(self) -> None:
+        """Copy, pass after pass, until there is a moment at which nothing is left."""
+        left = self.state.remaining_bytes
+        while True:
+            started, before = time.monotonic(), self.counters.offset
+            if not await self._sweep(budget=left):
+                await self.nap(_RELEASE_SECONDS)  # all that is dirty is being written just now
+            if self.state.is_synced:
+                return
+            rate = (self.counters.offset - before) / max(time.monotonic() - started, 1e-6)
+            was_left, left = left, self.state.remaining_bytes
+            worth_it = not self.speed and left > was_left * _SHRINKING and left <= rate * _CLOSE_IN_SECONDS
+            if worth_it and await self._close_in():
+                return
+
+    async def _close_in(self) -> bool:
+        """Hold the guest's writes for short turns. True once nothing is left, False if the turns get nowhere."""
+        left = self.state.remaining_bytes
+        for turn in range(_CLOSE_IN_TURNS):
+            async with self.source.drained():
+                await self._sweep(deadline=time.monotonic() + HOLD_SECONDS)
+                if self.state.is_synced:
+                    return True
+            await self.nap(_RELEASE_SECONDS)
+            if turn % 4 == 3:
+                was_left, left = left, self.state.remaining_bytes
+                if left >= was_left:
+                    return False
+        return False
+
+    async def _stay_in_step(self) -> None:
+        """READY: copy what is written, until told to end."""
+        while not self._ending:
+            await self._sweep()
+            if self.state.is_synced and not self._ending:
+                self._waiting_for_write = True
+                await self._woken()
+                self._waiting_for_write = False
+            if not self._ending:
+                await self.nap(_GATHER_SECONDS)
+            await self.pause_point()
+
+    async def _finish(self) -> None:
+        """Drain the source, copy what is left, flush; then pivot, or leave the copy as it is."""
+        await self._shrink()
+        async with self.source.drained():
+            self._finishing = True
+            while not self.state.is_synced:
+                await self._sweep()
+            await self._flush_target()
+            await self.conclude()
+            self.source.forget(self._recorder)
+            if self._ending == "complete":
+                self._pivot()
+        self.succeed()
+
+    async def _shrink(self) -> None:
+        """Before draining: passes for as long as they make what is left smaller, so that the drain is short."""
+        left = self.state.remaining_bytes
+        while left > _SMALL:
+            await self._sweep(budget=left)
+            was_left, left = left, self.state.remaining_bytes
+            if left > was_left * _SHRINKING:
+                return
+
+    async def _flush_target(self) -> None:
+        self.state.flush_begins()
+        try:
+            if self.options.flush:
+                await self.target.flush()
+        except DeviceError as error:
+            self.state.target_lost()
+            self._report("write")
+            raise CopyFailed("write", error) from error
+        self.state.flush_ends()
+
+    # --- copying ---------------------------------------------------------------------------------------------------
+
+    async def _sweep(self, budget: int | None = None, deadline: float | None = None) -> int:
+        """Copy until nothing more can be taken, `budget` bytes were begun or the deadline (monotonic seconds) has passed;
+        then wait for what is in flight. Returns the bytes begun; raises CopyFailed.
+
+        While the guest is held back, with a deadline or at the end, pausing has to wait."""
+        begun = 0
+        while True:
+            if deadline is None and not self._finishing:
+                await self.pause_point()
+            self.cancel_point()
+            if self._failure is not None:
+                await self.quiesce()
+                raise self._failure
+            over = (budget is not None and begun >= budget) or (
+                deadline is not None and (self._pause_wanted or time.monotonic() > deadline)
+            )
+            unit = None if over else await self._next_unit()
+            if unit is not None:
+                if await self._admit(unit):
+                    begun += unit.length
+                    self._launch(unit)
+                    while len(self._tasks) >= self.options.copy.requests:
+                        await self._woken()
+            elif self._tasks:
+                await self._woken()
+            else:
+                self._give_back_planned()
+                return begun
+
+    async def _next_unit(self) -> Unit | None:
+        """The next unit to copy, its chunks taken; None when there is none."""
+        dirty = self.state.dirty
+        while True:
+            while self._planned:
+                unit = self._planned.popleft()
+                span = dirty.span(unit.offset, unit.length)
+                if dirty.next_run(*span) is None:
+                    return unit
+                self.state.settle(*span, copied=False)  # written since it was planned: its status is stale
+            run = self.state.take(max(1, _RUN // dirty.granularity))
+            if run is None:
+                return None
+            await self._plan(*run)
+
+    async def _plan(self, first: int, end: int) -> None:
+        dirty = self.state.dirty
+        offset, length = dirty.range_of(first, end)
+        try:
+            extents = await self._copier.status(offset, length, min(length, dirty.granularity))
+        except DeviceError:
+            extents = ExtentList.all_data(offset, length)  # status is advice: what fails to tell is copied
+        except asyncio.CancelledError:
+            self.state.give_back(first, end)
+            raise
+        planned = first
+        for unit in plan(extents, self._geometry):
+            self._planned.append(unit)
+            planned = dirty.span(unit.offset, unit.length)[1]
+        if planned < end:
+            self.state.give_back(planned, end)
+
+    async def _admit(self, unit: Unit) -> bool:
+        """Wait for the rate limit. False when the job is to pause or end instead; the unit is given back then."""
+        if self._finishing:
+            return True  # the guest is held: no time to be polite
+        delay = self._throttle.delay(unit.data_length, time.monotonic())
+        until = time.monotonic() + delay
+        while (left := until - time.monotonic()) > 0:
+            if self._pause_wanted or self._cancel_wanted or self._failure is not None:
+                self._give_back(unit)
+                return False
+            if self._throttle.speed != self.speed:
+                self._throttle.set_speed(self.speed, time.monotonic())
+                break
+            await self.nap(left)
+        return True
+
+    def _launch(self, unit: Unit) -> None:
+        task = asyncio.get_running_loop().create_task(self._copy(unit))
+        self._tasks.add(task)
+        task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self.wake()
+
+    async def _copy(self, unit: Unit) -> None:
+        copied = False
+        try:
+            await self._copier.carry_out(unit)
+            copied = True
+        except CopyFailed as failure:
+            self._fail(failure)
+        except Exception:
+            _log.exception("job '%s': a fault in nbdmirror while copying %r", self.id, unit)
+            self._fail(CopyFailed("write", DeviceError(0, "internal error")))
+        finally:
+            self.state.settle(*self.state.dirty.span(unit.offset, unit.length), copied=copied)
+        if copied:
+            self.counters.offset += unit.length
+
+    def _fail(self, failure: CopyFailed) -> None:
+        """The first failure ends the job; it is reported once."""
+        if self._failure is None:
+            self._failure = failure
+            self._report(failure.operation)
+
+    def _report(self, operation: str) -> None:
+        self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": operation, "action": "report"})
+
+    def _give_back(self, unit: Unit) -> None:
+        self.state.give_back(*self.state.dirty.span(unit.offset, unit.length))
+
+    def _give_back_planned(self) -> None:
+        while self._planned:
+            self._give_back(self._planned.pop())
+
+    async def quiesce(self) -> None:
+        """See Job. A target that does not answer is waited for only so long when the job ends."""
+        self._give_back_planned()
+        ending = self._cancel_wanted or self._failure is not None
+        if self._tasks:
+            _, late = await asyncio.wait(set(self._tasks), timeout=_ABANDON_SECONDS if ending else None)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
+
+    def _on_write(self) -> None:
+        if self._waiting_for_write:
+            self.wake()
+
+    # --- verbs -----------------------------------------------------------------------------------------------------
+
+    def complete(self) -> None:
+        """Hand over: drain, copy the rest, flush, pivot."""
+        check_verb(self.id, self.status, JobVerb.COMPLETE)
+        if self._ending == "cancel":
+            raise StateError(f"The active block job '{self.id}' cannot be completed")
+        self._ending = "complete"
+        self.wake()
+
+    def cancel_gently(self) -> None:
+        """After READY: end in step, as a copy of one point in time, without pivot. Before: `cancel`."""
+        check_verb(self.id, self.status, JobVerb.CANCEL)
+        if not self.is_ready:
+            self.cancel()
+            return
+        if self._pause_wanted:
+            raise StateError(f"The block job for device '{self.id}' is currently paused")
+        self._ending = self._ending or "cancel"
+        self.wake()
+
+    def set_speed(self, speed: int) -> None:
+        """See Job; what waits for the old limit goes on by the new one."""
+        super().set_speed(speed)
+        self._throttle.set_speed(speed, time.monotonic())
+
+    # --- questions -------------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """See Job."""
+        return self.counters.offset, self.counters.total(self.state.remaining_bytes if self.status != JobStatus.CREATED else 0)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is being copied right now."""
+        return bool(self._tasks)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters in bytes, for people and scripts."""
+        counters = self.counters
+        return {
+            "x-bytes-read": counters.read,
+            "x-bytes-sent": counters.sent,
+            "x-bytes-zeroed": counters.zeroed,
+            "x-bytes-skipped": counters.skipped,
+            "x-dirty-bytes": self.state.dirty.dirty_bytes,
+            "x-in-flight": len(self._tasks),
+        }

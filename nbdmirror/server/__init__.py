@@ -1,0 +1,1 @@
+"""The NBD server: `listener` accepts, `session` joins a socket to the protocol core, `export` answers from a disk."""

@@ -1,0 +1,185 @@
+"""Exports: a request in, an answer from the disk out.
+
+Rules:
+1. `serve_now` answers what cannot block, at once and without a task; None means "use `serve`". Nothing has happened then.
+2. Every request is judged once, by `refusal_of`; after that nobody looks at ranges or flags again.
+3. `DeviceError.errno` becomes an NBD error here and nowhere else.
+4. What reads as zeroes is sent as hole chunks where the client takes chunks, whether or not the disk calls it a hole.
+5. Several clients may write: nothing is cached above the disk, so a flush on one connection covers the writes of all
+   (CAN_MULTI_CONN).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, Final
+
+from nbdmirror.errors import DeviceError
+from nbdmirror.extents import ExtentList, is_zero, zero_runs
+from nbdmirror.protocol import constants as c
+from nbdmirror.protocol.messages import DONE, Answer, ExportInfo, Opened, ReadReply, Refusal, Request, StatusReply
+from nbdmirror.protocol.transmission import refusal_of
+from nbdmirror.units import KiB, MiB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nbdmirror.devices.base import BlockDevice, Capabilities
+
+_log: Final = logging.getLogger(__name__)
+
+# Up to this a read is looked at whole for zeroes, above it in grains of this size: 0.1 us each.
+_ZERO_GRAIN: Final = 64 * KiB
+# The most that is read without leaving the loop; a device may have a lower bound of its own.
+_READ_NOW_MAX: Final = MiB
+
+_WIRE_ERRORS: Final = {
+    errno.EPERM: c.EPERM,
+    errno.EACCES: c.EPERM,
+    errno.EROFS: c.EPERM,
+    errno.ENOMEM: c.ENOMEM,
+    errno.EINVAL: c.EINVAL,
+    errno.ENOSPC: c.ENOSPC,
+    errno.EDQUOT: c.ENOSPC,
+    errno.EFBIG: c.ENOSPC,
+    errno.EOVERFLOW: c.EOVERFLOW,
+    errno.ENOTSUP: c.ENOTSUP,
+    errno.ESHUTDOWN: c.ESHUTDOWN,
+}
+
+
+def refusal_from(error: DeviceError) -> Refusal:
+    """The error of a disk as the protocol can say it (section "Error values"); what it cannot say is EIO."""
+    return Refusal(_WIRE_ERRORS.get(error.errno, c.EIO), str(error))
+
+
+class Export:
+    """A disk offered under a name. `node_name` is the node that it is made from."""
+
+    def __init__(self, name: str, device: BlockDevice, *, description: str = "", read_only: bool = False) -> None:
+        self.name = name
+        self.device = device
+        self.description = description
+        self.read_only = read_only or device.capabilities.read_only
+        self.clients = 0
+
+    def info(self) -> ExportInfo:
+        """What a client is told when it opens the export."""
+        limits = self.device.limits
+        return ExportInfo(
+            name=self.name,
+            size=self.device.size,
+            flags=_transmission_flags(self.device.capabilities, read_only=self.read_only),
+            description=self.description,
+            minimum_block=limits.minimum,
+            preferred_block=max(limits.preferred, limits.minimum, 512),
+            maximum_payload=c.DEFAULT_MAX_PAYLOAD,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Export {self.name!r} {self.device!r}{' read-only' if self.read_only else ''}>"
+
+
+def _transmission_flags(capabilities: Capabilities, *, read_only: bool) -> int:
+    """Section "Transmission flags"."""
+    flags = c.TFLAG_HAS_FLAGS | c.TFLAG_SEND_FLUSH | c.TFLAG_SEND_FUA | c.TFLAG_SEND_DF
+    flags |= c.TFLAG_CAN_MULTI_CONN | c.TFLAG_SEND_CACHE
+    if capabilities.rotational:
+        flags |= c.TFLAG_ROTATIONAL
+    if read_only:
+        return flags | c.TFLAG_READ_ONLY
+    return flags | c.TFLAG_SEND_TRIM | c.TFLAG_SEND_WRITE_ZEROES | c.TFLAG_SEND_FAST_ZERO
+
+
+class OpenExport:
+    """An export as one client has opened it: with the size and flags it was told and the meta contexts it was granted."""
+
+    def __init__(self, export: Export, opened: Opened) -> None:
+        self.export = export
+        self._device = export.device
+        self._info = opened.info
+        self._structured = opened.structured
+        self._contexts = opened.contexts
+
+    def serve_now(self, request: Request) -> Answer | None:
+        """The answer, if it can be given without blocking."""
+        refusal = refusal_of(request, self._info, structured=self._structured)
+        if refusal is not None:
+            return refusal
+        try:
+            if request.command == c.CMD_READ:
+                return self._read_now(request)
+            if request.command == c.CMD_WRITE and not request.flags and request.payload is not None:
+                return DONE if self._device.pwrite_now(request.payload, request.offset) else None
+        except DeviceError as error:
+            return refusal_from(error)
+        return None
+
+    def _read_now(self, request: Request) -> ReadReply | None:
+        length = request.length
+        if length > _READ_NOW_MAX:
+            return None
+        data = bytearray(length)
+        if not self._device.pread_now(data, request.offset):
+            return None
+        if not self._takes_chunks(request) or (data[0] and length <= _ZERO_GRAIN):
+            # A first byte that is set rules out a small read of zeroes for the price of an index.
+            return ReadReply(data)
+        return ReadReply(data, self._runs(data))
+
+    def _takes_chunks(self, request: Request) -> bool:
+        return self._structured and not request.flags & c.DF
+
+    @staticmethod
+    def _runs(data: bytearray) -> Sequence[tuple[int, int, bool]] | None:
+        """Where the data is zero, or None where it is not worth telling."""
+        length = len(data)
+        if length <= _ZERO_GRAIN:
+            return ((0, length, True),) if is_zero(data, 0, length) else None
+        runs = zero_runs(data, length, _ZERO_GRAIN)
+        return None if len(runs) == 1 and not runs[0][2] else runs
+
+    async def serve(self, request: Request) -> Answer:
+        """The answer to a request that `serve_now` passed on."""
+        try:
+            match request.command:
+                case c.CMD_READ:
+                    data = bytearray(request.length)
+                    await self._device.pread(data, request.offset)
+                    return ReadReply(data, self._runs(data) if self._takes_chunks(request) else None)
+                case c.CMD_BLOCK_STATUS:
+                    return await self._block_status(request)
+                case _:
+                    await self._change(request)
+                    return DONE
+        except DeviceError as error:
+            _log.debug("%r on %r failed: %s", request, self.export.name, error)
+            return refusal_from(error)
+
+    async def _change(self, request: Request) -> None:
+        device, offset, length = self._device, request.offset, request.length
+        match request.command:
+            case c.CMD_WRITE:
+                assert request.payload is not None, "a write without payload is refused"
+                await device.pwrite(request.payload, offset, request.flags)
+            case c.CMD_FLUSH:
+                await device.flush()
+            case c.CMD_TRIM:
+                await device.trim(offset, length, request.flags)
+            case c.CMD_WRITE_ZEROES:
+                await device.zero(offset, length, request.flags)
+            case c.CMD_CACHE:
+                await device.cache(offset, length)
+            case _:
+                raise AssertionError(f"{request!r} passed the check but is not served")
+
+    async def _block_status(self, request: Request) -> Answer:
+        if not self._contexts:
+            return Refusal(c.EINVAL, "no meta context was negotiated")
+        extents = await self._device.extents(request.offset, request.length)
+        if request.flags & c.REQ_ONE:
+            first = ExtentList(request.offset, request.length)
+            first.add(extents[0].length, extents[0].flags)
+            extents = first
+        return StatusReply([(context_id, extents) for context_id in self._contexts])

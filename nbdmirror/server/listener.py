@@ -1,0 +1,92 @@
+"""Listener: accepts clients on one socket and knows the sessions it has started.
+
+Rules:
+1. Closing stops accepting first, then lets every session finish what it accepted, then closes.
+2. With a limit on clients, one too many is hung up on at once, with a log line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING, Final
+
+from nbdmirror.server.session import Session
+from nbdmirror.sockets import listen_tcp, listen_unix, remove_unix
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nbdmirror.server.export import Export
+
+_log: Final = logging.getLogger(__name__)
+_CLOSE_SECONDS: Final = 30.0
+
+
+class Listener:
+    """One listening socket. `max_clients` 0 means no limit."""
+
+    def __init__(self, sock: socket.socket, exports: Mapping[str, Export], *, max_clients: int = 0) -> None:
+        self._sock = sock
+        self._exports = exports
+        self._max_clients = max_clients
+        self._sessions: set[Session] = set()
+        self._server: asyncio.Server | None = None
+        self._path = sock.getsockname() if sock.family == socket.AF_UNIX else None
+
+    @classmethod
+    def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0) -> Listener:
+        """Listen on a Unix socket."""
+        return cls(listen_unix(path), exports, max_clients=max_clients)
+
+    @classmethod
+    def tcp(cls, host: str, port: int, exports: Mapping[str, Export], *, max_clients: int = 0) -> Listener:
+        """Listen on TCP."""
+        return cls(listen_tcp(host, port), exports, max_clients=max_clients)
+
+    @property
+    def address(self) -> tuple[str, int] | str:
+        """The path of a Unix socket, or host and port."""
+        name = self._sock.getsockname()
+        return name if isinstance(name, str) else (name[0], name[1])
+
+    async def start(self) -> None:
+        """Begin to accept."""
+        loop = asyncio.get_running_loop()
+        if self._path is not None:
+            self._server = await loop.create_unix_server(self._session, sock=self._sock)
+        else:
+            self._server = await loop.create_server(self._session, sock=self._sock)
+
+    def _session(self) -> asyncio.BaseProtocol:
+        if self._max_clients and len(self._sessions) >= self._max_clients:
+            _log.warning("a client was refused: %d are connected already, which is the limit", len(self._sessions))
+            return _Refused()
+        session = Session(self._exports, self._sessions.discard)
+        self._sessions.add(session)
+        return session
+
+    async def aclose(self) -> None:
+        """Stop accepting, finish what was accepted, close."""
+        if self._server is not None:
+            self._server.close()
+        self._sock.close()
+        if self._path is not None:
+            remove_unix(self._path)
+        sessions = list(self._sessions)
+        for session in sessions:
+            session.shut_down()
+        waits = [asyncio.ensure_future(session.wait_idle()) for session in sessions]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=_CLOSE_SECONDS)
+            for wait in late:
+                wait.cancel()
+                _log.error("a client's requests did not finish within %.0f s of shutting down", _CLOSE_SECONDS)
+
+
+class _Refused(asyncio.Protocol):
+    """Hangs up at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()

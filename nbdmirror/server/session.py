@@ -1,0 +1,289 @@
+"""Session: one client's socket joined to the protocol core.
+
+Rules:
+1. Everything that one receive brought is served as one batch and answered by one write. A task is started only for a
+   request that cannot be answered at once; a task per request would cost more than the request.
+2. What is in flight is bounded in count and bytes, and a client that does not read its replies is not read from: whatever
+   it does, it holds a bounded amount of memory.
+3. A request that was accepted is finished, also when the client has gone: a write half done would be worse than one
+   unasked for. Only its reply is dropped.
+4. The peer's faults end its own connection with one log line; a fault of ours does, too, with a traceback. Other clients
+   notice neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Final, cast
+
+from nbdmirror.errors import ProtocolError
+from nbdmirror.protocol.connection import ServerConnection
+from nbdmirror.protocol.constants import CMD_DISC, CMD_READ, CMD_WRITE, OptionReply
+from nbdmirror.protocol.messages import Disconnected, ExportQuery, ListQuery, MetaContextQuery, Opened, Request
+from nbdmirror.protocol.receiver import IN_WINDOW
+from nbdmirror.server.export import OpenExport
+from nbdmirror.units import KiB, MiB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from nbdmirror.server.export import Export
+
+_log: Final = logging.getLogger(__name__)
+
+# QEMU and nbdkit serve 16 requests of a connection at a time; more only helps a disk that sorts a deep queue.
+MAX_IN_FLIGHT: Final = 64
+# Two of the largest requests, or all of the 1 MiB ones.
+MAX_BYTES_IN_FLIGHT: Final = 64 * MiB
+# Unsent replies, in bytes: reading stops above the first and goes on below the second.
+_WRITE_HIGH: Final = MiB
+_WRITE_LOW: Final = 256 * KiB
+# Replies gathered in one batch before they are sent, so a batch of large reads starts to travel early.
+_BATCH_BYTES: Final = 512 * KiB
+_IOV_MAX: Final = 1024
+_SOCKET_BUFFER: Final = 4 * MiB
+
+
+class Session(asyncio.BufferedProtocol):
+    """One client. `exports` is looked at when the client asks for a name; `on_closed` is called once at the end."""
+
+    def __init__(self, exports: Mapping[str, Export], on_closed: Callable[[Session], None]) -> None:
+        self._exports = exports
+        self._on_closed = on_closed
+        self._connection = ServerConnection()
+        self._open: OpenExport | None = None
+        self._transport: asyncio.Transport | None = None
+        self._fd = -1
+        self._peer = "client"
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._bytes_in_flight = 0
+        self._write_paused = False
+        self._read_paused = False
+        self._closing = False
+
+    # --- the transport's side --------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet."""
+        self._transport = cast("asyncio.Transport", transport)
+        sock = transport.get_extra_info("socket")
+        self._peer = _peer_name(transport)
+        self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
+        if sock is not None:
+            self._fd = sock.fileno()
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                if sock.family == socket.AF_UNIX:  # TCP sizes its own, and better
+                    sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+        self._send()
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """Where the transport puts what arrives next."""
+        return self._connection.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Serve what has arrived."""
+        self._connection.buffer_updated(nbytes)
+        self._pump()
+
+    def eof_received(self) -> bool:
+        """The client sends no more; it may still read, so what is in flight is answered before closing."""
+        self._begin_close()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is gone; requests in flight go on without it."""
+        if exc is not None:
+            _log.info("%s: connection lost: %s", self._peer, exc)
+        self._transport = None
+        self._fd = -1
+        if self._open is not None:
+            self._open.export.clients -= 1
+        self._on_closed(self)
+
+    def pause_writing(self) -> None:
+        """The client is slow to read: stop serving it."""
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._write_paused = False
+        self._send()
+        self._pump()
+
+    # --- serving ---------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Serve what has been received as far as the bounds allow, then send the answers."""
+        if self._transport is None or self._closing:
+            return
+        try:
+            if self._open is None:
+                self._haggle()
+            if self._open is not None:
+                self._serve_batch(self._open)
+        except ProtocolError as error:
+            _log.warning("%s: %s; dropped", self._peer, error)
+            self._abort()
+        except Exception:
+            _log.exception("%s: dropped because of a fault in the server", self._peer)
+            self._abort()
+        else:
+            self._send()
+            self._close_when_done()
+
+    def _haggle(self) -> None:
+        connection = self._connection
+        while (event := connection.next_event()) is not None:
+            match event:
+                case ExportQuery(name=name):
+                    export = self._exports.get(name)
+                    if export is None:
+                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
+                    else:
+                        connection.accept(export.info())
+                case ListQuery():
+                    connection.list_exports([(export.name, export.description) for export in self._exports.values()])
+                case MetaContextQuery(export=name):
+                    export = self._exports.get(name)
+                    if export is None:
+                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
+                    else:
+                        connection.offer_contexts(export.info().contexts)
+                case Opened(info=info):
+                    export = self._exports[info.name]
+                    export.clients += 1
+                    self._open = OpenExport(export, event)
+                    return
+                case Disconnected():
+                    self._closing = True
+                    return
+
+    def _serve_batch(self, opened: OpenExport) -> None:
+        connection, serve_now = self._connection, opened.serve_now
+        next_request, reply = connection.next_request, connection.reply
+        gathered = 0
+        while not self._is_full():
+            request = next_request()
+            if request is None:
+                self._read_on()
+                return
+            if request.command == CMD_DISC:
+                self._closing = True
+                return
+            answer = serve_now(request)
+            if answer is None:
+                self._defer(opened, request)
+                continue
+            reply(request, answer)
+            if request.command == CMD_READ:
+                gathered += request.length
+                if gathered > _BATCH_BYTES:
+                    self._send()
+                    gathered = 0
+        self._read_hold()
+
+    def _is_full(self) -> bool:
+        return self._write_paused or len(self._tasks) >= MAX_IN_FLIGHT or self._bytes_in_flight >= MAX_BYTES_IN_FLIGHT
+
+    def _defer(self, opened: OpenExport, request: Request) -> None:
+        """Serve a request that has to wait for something in a task of its own."""
+        if request.payload is not None and request.length <= IN_WINDOW:
+            request = request.detached()
+        weight = request.length if request.command in (CMD_READ, CMD_WRITE) else 0
+        self._bytes_in_flight += weight
+        task = asyncio.get_running_loop().create_task(self._serve(opened, request, weight))
+        self._tasks.add(task)
+
+    async def _serve(self, opened: OpenExport, request: Request, weight: int) -> None:
+        try:
+            answer = await opened.serve(request)
+            self._connection.reply(request, answer)
+        except Exception:
+            _log.exception("%s: dropped because of a fault in the server while serving %r", self._peer, request)
+            self._abort()
+        finally:
+            self._bytes_in_flight -= weight
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.discard(task)
+        if not self._write_paused:
+            self._send()
+        self._close_when_done()
+        if self._read_paused:
+            self._pump()
+
+    # --- sending ---------------------------------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Send what the core has queued: straight to the socket while nothing waits before it, else by the transport."""
+        out = self._connection.data_to_send()
+        transport = self._transport
+        if not out or transport is None or transport.is_closing():
+            return
+        if self._fd >= 0 and len(out) <= _IOV_MAX and not transport.get_write_buffer_size():
+            try:
+                sent = os.writev(self._fd, out)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                _log.info("%s: connection lost: %s", self._peer, error.strerror)
+                self._abort()
+                return
+            out = _unsent(out, sent)
+        if out:
+            transport.writelines(out)
+
+    # --- pausing and ending ----------------------------------------------------------------------------------------
+
+    def _read_hold(self) -> None:
+        if not self._read_paused and self._transport is not None and not self._transport.is_closing():
+            self._read_paused = True
+            self._transport.pause_reading()
+
+    def _read_on(self) -> None:
+        if self._read_paused and self._transport is not None:
+            self._read_paused = False
+            self._transport.resume_reading()
+
+    def shut_down(self) -> None:
+        """Accept no more, finish what was accepted, close."""
+        self._begin_close()
+
+    def _begin_close(self) -> None:
+        self._closing = True
+        self._close_when_done()
+
+    def _close_when_done(self) -> None:
+        if self._closing and not self._tasks and self._transport is not None:
+            self._send()
+            self._transport.close()
+
+    def _abort(self) -> None:
+        self._closing = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def wait_idle(self) -> None:
+        """Wait until nothing is in flight any more."""
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+
+    def __repr__(self) -> str:
+        return f"<Session {self._peer} {len(self._tasks)} in flight>"
+
+
+def _unsent(out: list[bytes | bytearray | memoryview], sent: int) -> list[bytes | bytearray | memoryview]:
+    """What remains of `out` after `sent` bytes of it went."""
+    for index, piece in enumerate(out):
+        if sent < len(piece):
+            return [memoryview(piece)[sent:], *out[index + 1 :]]
+        sent -= len(piece)
+    return []
+
+
+def _peer_name(transport: asyncio.BaseTransport) -> str:
+    peer = transport.get_extra_info("peername")
+    return f"client {peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) > 1 else "client on the Unix socket"
