@@ -1,0 +1,104 @@
+"""`nbdmirror mirror`: start a mirror job on a running daemon, and watch it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from nbdmirror.cli.client import ControlClient, run_client
+from nbdmirror.cli.follow import Outcome, Report, follow
+from nbdmirror.cli.options import SIZE, copy_options, qmp_option
+from nbdmirror.cli.progress import meter
+from nbdmirror.devices.uri import looks_like_uri
+from nbdmirror.errors import NbdMirrorError
+
+
+@click.command("mirror", short_help="Start a mirror job on a running daemon.")
+@click.argument("target")
+@qmp_option
+@click.option("--device", default="source", show_default=True, metavar="NODE", help="The node to mirror.")
+@click.option("--job-id", metavar="ID", help="The job's name.  [default: mirror0, or the next that is free]")
+@click.option("--sync", type=click.Choice(["full", "top", "none"]), default="full", show_default=True, help="What to copy.")
+@click.option("--granularity", type=SIZE, metavar="SIZE", help="Bytes per bit of the dirty bitmap.  [default: 64k]")
+@click.option("--unmap/--no-unmap", default=True, help="Let zeroes become holes on the target (the default).")
+@click.option("--progress", "-P", is_flag=False, flag_value="", metavar="[=FD]", help="Write N/100 lines to FD.")
+@click.option("--background", is_flag=True, help="Return as soon as the job has started.")
+@click.option("--complete", is_flag=True, help="Complete the job when it is ready, and wait for its end.")
+@copy_options
+def mirror(
+    *,
+    target: str,
+    qmp: str,
+    device: str,
+    job_id: str | None,
+    sync: str,
+    granularity: int | None,
+    unmap: bool,
+    progress: str | None,
+    background: bool,
+    complete: bool,
+    connections: int,
+    requests: int,
+    request_size: int,
+    target_is_zero: bool,
+    speed: int,
+) -> None:
+    """Mirror a node of the daemon to TARGET, a path or an NBD URI.
+
+    Shows progress until the job is READY; it goes on keeping the target in step until `complete` or `cancel`.
+    """
+    if background and complete:
+        raise click.UsageError("--background and --complete exclude each other: completing means waiting")
+    arguments: dict[str, Any] = {
+        "device": device,
+        "target": target if looks_like_uri(target) else str(Path(target).absolute()),
+        "sync": sync,
+        "mode": "existing",
+        "speed": speed,
+        "unmap": unmap,
+        "target-is-zero": target_is_zero,
+        "x-connections": connections,
+        "x-requests": requests,
+        "x-request-size": request_size,
+    }
+    if granularity is not None:
+        arguments["granularity"] = granularity
+
+    async def work(client: ControlClient) -> str:
+        name = job_id or await _free_job_id(client)
+        await client.execute("drive-mirror", {"job-id": name, **arguments})
+        if background:
+            return name
+        with meter(f"mirroring {device}", progress, default=True) as shown:
+            check(name, await follow(client, name, frozenset({Outcome.READY}), shown))
+            if complete:
+                await client.execute("job-complete", {"id": name})
+                check(name, await follow(client, name, frozenset({Outcome.PENDING}), shown))
+        return name
+
+    name = run_client(qmp, work)
+    click.echo(f"{name} {'started' if background else 'completed' if complete else 'ready'}")
+
+
+async def _free_job_id(client: ControlClient) -> str:
+    taken = {job["id"] for job in await client.execute("query-jobs")}
+    number = 0
+    while f"mirror{number}" in taken:
+        number += 1
+    return f"mirror{number}"
+
+
+def check(job_id: str, report: Report) -> None:
+    """Raise NbdMirrorError where a job did not get to what was waited for."""
+    match report.outcome:
+        case Outcome.FAILED:
+            raise NbdMirrorError(f"job '{job_id}' failed: {report.error}")
+        case Outcome.CANCELLED:
+            raise NbdMirrorError(f"job '{job_id}' was cancelled")
+        case Outcome.MISSING:
+            raise NbdMirrorError(f"no job '{job_id}'; 'nbdmirror status' lists those there are")
+
+
+COMMANDS: Final = (mirror,)

@@ -1,0 +1,79 @@
+"""`nbdmirror serve`: export a disk and track its writes. qemu-nbd's short flags."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import click
+import uvloop
+
+from nbdmirror.daemon import ServeOptions
+from nbdmirror.daemon import serve as run_daemon
+
+DEFAULT_PORT: Final = 10809
+
+
+@click.command("serve", short_help="Export a disk and track its writes.")
+@click.argument("disk")
+@click.option("-k", "--socket", "--unix", "socket_path", metavar="PATH", help="Listen on a Unix socket.")
+@click.option("-p", "--port", type=click.IntRange(0, 65535), help="Listen on TCP; 0 lets the kernel choose.  [default: 10809]")
+@click.option("-b", "--bind", "--ipaddr", default="127.0.0.1", show_default=True, metavar="ADDR", help="The TCP address.")
+@click.option("--insecure", is_flag=True, help="Serve other hosts without TLS.")
+@click.option("-x", "--export-name", default="", metavar="NAME", help='The export\'s name.  [default: ""]')
+@click.option("-D", "--description", default="", metavar="TEXT", help="What clients are told of the export.")
+@click.option("-r", "--read-only", is_flag=True, help="Refuse writes.")
+@click.option(
+    "-e", "--shared", "max_clients", type=click.IntRange(0), default=0, metavar="N", help="At most N clients, 0: any."
+)
+@click.option("--node-name", default="source", show_default=True, help="The disk's name in the control language.")
+@click.option("--qmp", "qmp_paths", multiple=True, metavar="PATH", help="A control socket (QMP); repeatable.")
+@click.option("--run", metavar="COMMAND", help="Run COMMAND with $uri and $qmp set; stop when it ends, with its status.")
+@click.option("--ready-fd", type=click.IntRange(0), metavar="N", help="Write a line READY URI to this file descriptor, too.")
+@click.option("--pid-file", metavar="PATH", help="Write the process id there once listening.")
+def serve(
+    *,
+    disk: str,
+    socket_path: str | None,
+    port: int | None,
+    bind: str,
+    insecure: bool,
+    export_name: str,
+    description: str,
+    read_only: bool,
+    max_clients: int,
+    node_name: str,
+    qmp_paths: tuple[str, ...],
+    run: str | None,
+    ready_fd: int | None,
+    pid_file: str | None,
+) -> int:
+    """Export DISK (a raw file, a block device or an NBD URI) and track its writes.
+
+    Prints "READY URI" once it listens; SIGTERM and SIGINT stop it cleanly.
+    """
+    if socket_path is not None and port is not None:
+        raise click.UsageError("-k and -p exclude each other: a Unix socket or TCP")
+    if socket_path is None and port is None:
+        port = DEFAULT_PORT
+    if len(export_name.encode()) > 4096 or len(description.encode()) > 4096:
+        raise click.UsageError("export name and description are at most 4096 bytes each")
+    options = ServeOptions(
+        disk=disk,
+        socket_path=socket_path,
+        port=port,
+        bind=bind,
+        insecure=insecure,
+        export_name=export_name,
+        description=description,
+        read_only=read_only,
+        max_clients=max_clients,
+        node_name=node_name,
+        qmp_paths=qmp_paths,
+        run=run,
+        ready_fd=ready_fd,
+        pid_file=pid_file,
+    )
+    return uvloop.run(run_daemon(options))
+
+
+COMMANDS: Final = (serve,)
