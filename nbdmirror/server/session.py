@@ -44,7 +44,8 @@ _WRITE_LOW: Final = 256 * KiB
 # Replies gathered in one batch before they are sent, so a batch of large reads starts to travel early.
 _BATCH_BYTES: Final = 512 * KiB
 _IOV_MAX: Final = 1024
-_SOCKET_BUFFER: Final = 4 * MiB
+# What a Unix socket may hold: with the kernel's 208 KiB, 64 KiB reads were served at 0.6 times the rate.
+_SEND_BUFFER: Final = 4 * MiB
 
 
 class Session(asyncio.BufferedProtocol):
@@ -74,9 +75,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         if sock is not None:
             self._fd = sock.fileno()
-            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-                if sock.family == socket.AF_UNIX:  # TCP sizes its own, and better
-                    sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER)
+            if sock.family == socket.AF_UNIX:  # TCP sizes its own, and better
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._send()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
@@ -223,18 +223,30 @@ class Session(asyncio.BufferedProtocol):
         transport = self._transport
         if not out or transport is None or transport.is_closing():
             return
-        if self._fd >= 0 and len(out) <= _IOV_MAX and not transport.get_write_buffer_size():
-            try:
-                sent = os.writev(self._fd, out)
-            except BlockingIOError:
-                sent = 0
-            except OSError as error:
-                _log.info("%s: connection lost: %s", self._peer, error.strerror)
-                self._abort()
-                return
-            out = _unsent(out, sent)
+        buffers = self._open.buffers if self._open is not None else None
+        if self._fd >= 0 and not transport.get_write_buffer_size():
+            if buffers is not None:
+                buffers.all_sent()
+                buffers.handed_over()
+            out = self._write_now(out)
+            if not out and buffers is not None:
+                buffers.all_sent()
+        elif buffers is not None:
+            buffers.handed_over()
         if out:
             transport.writelines(out)
+
+    def _write_now(self, out: list[bytes | bytearray | memoryview]) -> list[bytes | bytearray | memoryview]:
+        """What the socket does not take at once."""
+        try:
+            sent = os.writev(self._fd, out[:_IOV_MAX])
+        except BlockingIOError:
+            return out
+        except OSError as error:
+            _log.info("%s: connection lost: %s", self._peer, error.strerror)
+            self._abort()
+            return []
+        return _unsent(out, sent)
 
     # --- pausing and ending ----------------------------------------------------------------------------------------
 
