@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import shlex
@@ -88,6 +89,7 @@ class Daemon:
         """Build everything; what is entered into `stack` is undone in reverse order."""
         options, inventory = self._options, self._inventory
         self._check_bind()
+        self._check_ready_fd()
         inventory.check_node_name(options.node_name)
         disk = await open_device(options.disk, read_only=options.read_only)
         stack.push_async_callback(self._close_nodes)
@@ -132,6 +134,16 @@ class Daemon:
             f"serving on {options.bind} without TLS lets anybody on the network read and write the disk; "
             "bind to 127.0.0.1, or add --insecure if the network is yours alone"
         )
+
+    def _check_ready_fd(self) -> None:
+        number = self._options.ready_fd
+        if number is None:
+            return
+        try:
+            if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise UsageError(f"cannot write to --ready-fd {number}: it is open for reading only")
+        except OSError as error:
+            raise UsageError(f"cannot write to --ready-fd {number}: {error.strerror}") from None
 
     def _listener(self) -> Listener:
         options = self._options

@@ -26,6 +26,8 @@ _BACKLOG: Final = 1024
 
 def listen_unix(path: str, mode: int = 0o600) -> socket.socket:
     """A listening Unix socket at `path`, non-blocking."""
+    if not path:
+        raise UsageError("the path of a socket can't be empty")
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise UsageError(f"the socket path '{path}' is longer than {MAX_SOCKET_PATH} bytes; use a shorter one")
     _remove_stale(path)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nbdmirror import __version__
-from nbdmirror.cli import compare, copy, job, mirror, serve, status
+from nbdmirror.cli import compare, control, copy, demo, job, mirror, serve, status
 from nbdmirror.cli.options import FAILED, INTERRUPTED, USAGE
 from nbdmirror.errors import NbdMirrorError, UsageError
 
@@ -42,7 +42,7 @@ def version() -> None:
     click.echo(f"nbdmirror {__version__}")
 
 
-for _module in (serve, copy, compare, mirror, status, job):
+for _module in (serve, copy, compare, mirror, status, job, control, demo):
     for _command in _module.COMMANDS:
         cli.add_command(_command)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from operator import methodcaller
+from pathlib import Path
 from typing import Any, Literal
 
 from nbdmirror.commands.block import DEFAULT_CONNECTIONS
@@ -124,7 +125,7 @@ class JobCommands:
         x_request_size: Positive = DEFAULT_REQUEST_SIZE,
     ) -> None:
         """Mirror a node to a path or URI, which is opened for the job and closed with it, unless it was pivoted to."""
-        source = self._inventory.node(device)
+        self._inventory.node(device)
         options = MirrorOptions(
             sync=sync,
             granularity=granularity or DEFAULT_GRANULARITY,
@@ -138,12 +139,14 @@ class JobCommands:
         disk = await open_device(target, connections=x_connections)
         node = Node(name, "file" if isinstance(disk, FileDevice) else "nbd", disk, implicit=True)
         try:
-            self._inventory.add_node(node)
+            if node_name is not None:  # another client may have taken the name, or removed the source, meanwhile
+                self._inventory.check_node_name(node_name)
+            source = self._inventory.node(device)
             self._start(job_id, source, node, options, speed=speed, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
         except NbdMirrorError:
-            self._inventory.nodes.pop(name, None)
             await disk.aclose()
             raise
+        self._inventory.add_node(node)
 
     def _check_job_id(self, job_id: str | None) -> str:
         if job_id is None:
@@ -165,14 +168,16 @@ class JobCommands:
     ) -> None:
         if "mirror source" in source.users:
             raise StateError("Need a root block node")
-        if source is target:
+        if source is target or _is_same_file(source, target):
             raise StateError("Can't mirror node into itself")
-        if target.users:
+        if target.users or source.users:
             raise StateError("block device is in use by block job: mirror")
         if self._inventory.is_exported(target):
             raise StateError(f"Node {target.name} is in use by an export, and would be changed under its clients")
         if target.is_read_only:
             raise StateError("Block node is read-only")
+        if target.device.in_flight:
+            raise StateError(f"Node {target.name} still works on requests of a job that has ended")
         job = MirrorJob(
             self._check_job_id(job_id),
             source.device,
@@ -213,6 +218,16 @@ class JobCommands:
     def query_job_history(self) -> list[dict[str, Any]]:
         """Jobs that have ended, oldest first, as they were then; `x-cancelled` tells a cancelled one from one that failed."""
         return [_block_job_info(job) for job in self._inventory.history]
+
+
+def _is_same_file(one: Node, other: Node) -> bool:
+    """Whether two nodes are one file by two names: what is copied could then undo what was written meanwhile."""
+    if not isinstance(one.disk, FileDevice) or not isinstance(other.disk, FileDevice):
+        return False
+    try:
+        return Path(one.disk.name).samefile(other.disk.name)
+    except OSError:
+        return False
 
 
 def _job_info(job: Job) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from nbdmirror.devices.base import BlockDevice
 from nbdmirror.extents import ExtentList
-from nbdmirror.protocol.constants import FAST_ZERO
+from nbdmirror.protocol.constants import FUA
 from nbdmirror.units import round_down, round_up
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class AlignedDevice(BlockDevice):
         if start < end:
             async with self._writing():
                 await self.below.zero(start, end - start, flags)
-        rest = flags & ~FAST_ZERO
+        rest = flags & FUA  # the others mean nothing to a write, and a server may refuse them there
         async with self._alone():
             if start >= end:
                 await self._rewrite(memoryview(bytes(length)), offset, rest)
@@ -110,8 +110,8 @@ class AlignedDevice(BlockDevice):
         start, end = round_down(offset, self._block), round_up(offset + length, self._block)
         extents = ExtentList(offset, length)
         for extent in await self.below.extents(start, end - start):
-            extents.add(extent.end - max(extent.offset, offset), extent.flags)
-        return extents
+            extents.add_until(min(extent.end, offset + length), extent.flags)
+        return extents if len(extents) else ExtentList.all_data(offset, length)
 
     async def aclose(self) -> None:
         """See BlockDevice."""

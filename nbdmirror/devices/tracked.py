@@ -81,6 +81,11 @@ class TrackedDevice(BlockDevice):
     # --- draining --------------------------------------------------------------------------------------------------
 
     @property
+    def in_flight(self) -> int:
+        """How many writes the disk below is not done with, those included that nobody waits for any more."""
+        return len(self._in_flight)
+
+    @property
     def is_drained(self) -> bool:
         """Whether writes are being held."""
         return self._drains > 0

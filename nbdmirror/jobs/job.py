@@ -15,14 +15,15 @@ import asyncio
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, TypeVar
 
 from nbdmirror.errors import DeviceError, NbdMirrorError, StateError
 from nbdmirror.jobs.status import JobStatus, JobVerb, check_transition, check_verb
 
 Emit = Callable[[str, dict[str, Any]], None]
+Result = TypeVar("Result")
 
 _log: Final = logging.getLogger(__name__)
 _JOB_ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
@@ -181,6 +182,7 @@ class Job(ABC):
         """Stay here while the job is paused; raises Cancelled when it has been cancelled."""
         if self._is_held():
             await self.quiesce()
+        if self._is_held():  # neither resumed nor cancelled meanwhile
             back = self.status
             self._become(JobStatus.STANDBY if back == JobStatus.READY else JobStatus.PAUSED)
             while self._is_held():
@@ -195,6 +197,18 @@ class Job(ABC):
         """Raises Cancelled when the job has been cancelled; for where pausing would hold others up."""
         if self._cancel_wanted:
             raise Cancelled
+
+    async def unless_cancelled(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`; for whatever may never end. It is given up, and Cancelled raised, when the job is cancelled."""
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda _: self.wake())
+        while not task.done() and not self._cancel_wanted:
+            await self._woken()
+        if self._cancel_wanted:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self.cancel_point()
+        return task.result()
 
     def wake(self) -> None:
         """Something has changed: let the task look."""

@@ -48,14 +48,17 @@ async def compare(a: BlockDevice, b: BlockDevice) -> Comparison:
         async for offset, length in _pieces(a, b, size):
             tasks.add(asyncio.ensure_future(_compare_piece(a, b, offset, length, result)))
             if len(tasks) >= _IN_FLIGHT:
-                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in tasks if task.done()]:
                     task.result()
+                    tasks.discard(task)
         if tasks:
             await asyncio.gather(*tasks)
-    finally:
+    except BaseException:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # nothing may be left to complain of itself later
+        raise
     result.compared = size
     return result
 

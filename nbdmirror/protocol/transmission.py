@@ -4,7 +4,8 @@ Source: NBD protocol, sections "Transmission phase", "Request message", "Structu
 
 Rules:
 1. The payload of a WRITE is always consumed, also when the request will be refused; a payload over the limit is skipped as
-   it comes, one far over it ends the connection.
+   it comes, one far over it ends the connection. No WRITE is answered before its payload has come: libnbd takes a reply to
+   a request that it is still sending for one to no request at all, and gives the connection up.
 2. `refusal_of` is the only judge of ranges and flags: whoever serves a request that it passed need not look again.
 3. READ is answered in chunks when structured replies were negotiated, errors then carry their text; what has no data to
    return is answered with a simple reply either way.
@@ -52,13 +53,19 @@ class Transmission:
         self._receiver = receiver
         self._limit = opened.info.maximum_payload
         self._awaiting: tuple[int, int, int, int] | None = None
+        self._too_long: Request | None = None
 
     def next_request(self) -> Request | None:
         """The next whole request in what has been received, else None."""
         receiver = self._receiver
         if self._awaiting is not None:
             return self._finish_payload()
-        if receiver.is_skipping or not receiver.need(_HEAD):
+        if receiver.is_skipping:
+            return None
+        if self._too_long is not None:
+            skipped, self._too_long = self._too_long, None
+            return skipped
+        if not receiver.need(_HEAD):
             return None
         magic, flags, command, cookie, offset, length = _REQUEST.unpack_from(receiver.window, receiver.start)
         if magic != c.REQUEST_MAGIC:
@@ -75,7 +82,8 @@ class Transmission:
                 raise ProtocolError(f"the client announced a write of {length} bytes; the limit is {self._limit}")
             receiver.consume(_HEAD)
             receiver.skip(length)
-            return m.Request(c.CMD_WRITE, flags, cookie, offset, length)
+            self._too_long = m.Request(c.CMD_WRITE, flags, cookie, offset, length)
+            return self.next_request()
         if length <= IN_WINDOW:
             if not receiver.need(_HEAD + length):
                 return None

@@ -57,7 +57,8 @@ async def test_a_size_that_is_no_multiple_of_the_block_size_is_refused() -> None
 
 async def test_block_sizes_not_advertised() -> None:
     for size, minimum in ((MIB, 512), (MIB + 1, 1)):
-        with peers.nbdkit("memory", str(size)) as peer:
+        # Newer nbdkits advertise block sizes for their own plugins; this one says nothing of them.
+        with peers.nbdkit("eval", f"get_size=echo {size}", "pread=head -c $3 /dev/zero") as peer:
             device = await NbdDevice.open(peer.endpoint)
             assert (device.limits.minimum, device.limits.maximum) == (minimum, 32 * MIB)
             await device.aclose()
