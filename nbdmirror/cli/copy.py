@@ -9,6 +9,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from contextlib import AsyncExitStack
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Endpoint = str | list[str]
 _POLL_SECONDS: Final = 0.2
+_job_log: Final = logging.getLogger("nbdmirror.jobs.job")
 
 
 class BracketCommand(click.Command):
@@ -176,6 +178,8 @@ async def _run(plan: _Plan, source: BlockDevice, target: BlockDevice, shown: Met
         if event == "BLOCK_JOB_READY":
             job.cancel_gently()
 
+    if not _job_log.isEnabledFor(logging.INFO):
+        _job_log.setLevel(logging.CRITICAL)  # why it failed is the command's own last line
     job = MirrorJob("copy", TrackedDevice(source), target, emit, pivot=lambda: None, options=plan.options, speed=plan.speed)
     job.on_end = lambda _job: ended.set()
     job.start()

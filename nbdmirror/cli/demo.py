@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 import click
 import uvloop
 
+from nbdmirror.cli.bar import Bar
 from nbdmirror.cli.client import ControlClient
 from nbdmirror.cli.demo_children import Child, find_program, nbdmirror_command, need_program
 from nbdmirror.cli.demo_disk import MIN_SIZE, DemoDisk, make_disk, make_sparse
@@ -37,7 +38,6 @@ from nbdmirror.cli.follow import Outcome as JobOutcome
 from nbdmirror.cli.follow import Report, follow, look
 from nbdmirror.cli.mirror import check
 from nbdmirror.cli.options import SIZE, json_option, print_json
-from nbdmirror.cli.progress import Bar, Meter
 from nbdmirror.devices.uri import NbdEndpoint
 from nbdmirror.errors import NbdMirrorError
 from nbdmirror.sockets import MAX_SOCKET_PATH
@@ -45,6 +45,8 @@ from nbdmirror.units import MiB, format_size, round_up
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from nbdmirror.cli.progress import Meter
 
 Say = Callable[[str], None]
 

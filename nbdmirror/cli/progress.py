@@ -12,17 +12,6 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from nbdmirror.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,34 +29,6 @@ class Meter(Protocol):
 
     def show(self, done: int, total: int, note: str = "") -> None:
         """`done` of `total` bytes, and a word on what is going on."""
-
-
-class Bar:
-    """A bar on the terminal."""
-
-    def __init__(self, label: str) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task(label, total=None, note="")
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._progress.stop()
-
-    def show(self, done: int, total: int, note: str = "") -> None:
-        """See Meter."""
-        self._progress.update(self._task, completed=done, total=total or None, note=note)
 
 
 class Lines:
@@ -120,5 +81,7 @@ def meter(label: str, wanted: str | None, *, default: bool) -> Meter:
             raise UsageError(f"--progress={wanted}: a file descriptor is a number")
         return Lines(int(wanted))
     if (default or wanted is not None) and sys.stderr.isatty():
+        from nbdmirror.cli.bar import Bar  # noqa: PLC0415  rich takes 40 ms to import, and most runs show no bar
+
         return Bar(label)
     return Silence()
