@@ -231,11 +231,12 @@ def _driver_of(disk: object) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether every address of `host` is this machine's own."""
-    with suppress(OSError):
+    """Whether every address of `host` is this machine's own; one that has none is refused by who listens on it."""
+    try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return all(str(address[4][0]).startswith("127.") or address[4][0] == "::1" for address in found)
-    return False
+    except OSError:
+        return True
+    return all(str(address[4][0]).startswith("127.") or address[4][0] == "::1" for address in found)
 
 
 def _write_pid_file(path: str) -> None:

@@ -83,9 +83,11 @@ def run(arguments: Sequence[str]) -> int:
         return end.exit_code
     except click.Abort:
         return INTERRUPTED
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx is not None else "nbdmirror"
+        return _failed(f"{error.format_message()} ('{where} --help' has the usage)", USAGE)
     except click.ClickException as error:
-        error.show()
-        return USAGE if isinstance(error, click.UsageError) else FAILED
+        return _failed(error.format_message(), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

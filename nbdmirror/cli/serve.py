@@ -53,6 +53,8 @@ def serve(
     """
     if socket_path is not None and port is not None:
         raise click.UsageError("-k and -p exclude each other: a Unix socket or TCP")
+    if socket_path is not None and socket_path in qmp_paths:
+        raise click.UsageError(f"'{socket_path}' can't be both the NBD socket and a control socket")
     if socket_path is None and port is None:
         port = DEFAULT_PORT
     if len(export_name.encode()) > 4096 or len(description.encode()) > 4096:

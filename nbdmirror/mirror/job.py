@@ -49,7 +49,8 @@ MAX_GRANULARITY: Final = 64 * MiB
 # What one question for block status covers: long holes are one answer, and what is planned is still fresh when begun.
 _RUN: Final = GiB
 # A run shorter than this is copied without asking: reading a chunk and looking for zeroes costs less than the answer of a
-# thread, for which all other copying waits. Asked for, chunks that a guest rewrites at random were copied at a third of the rate.
+# thread, for which all other copying waits. With asking, a guest that rewrote chunks at random was caught up with at a third of
+# the rate.
 _WORTH_ASKING: Final = 512 * KiB
 # How long a READY job lets writes gather before it copies them: a rewritten chunk is copied ten times a second at most.
 _GATHER_SECONDS: Final = 0.1
