@@ -76,6 +76,18 @@ def remove_unix(path: str) -> None:
         Path(path).unlink()
 
 
+# What a Unix socket may hold on its way: with the kernel's 208 KiB, 64 KiB reads were served at 0.6 times the rate, and a copy
+# to a local server took a tenth longer. TCP sizes its own buffers, and better.
+_UNIX_SEND_BUFFER: Final = 4 * 1024 * 1024
+
+
+def widen_unix_send_buffer(fd: int) -> None:
+    """Let a connected Unix socket hold a few large messages; any other socket is left as it is."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+
+
 def listen_tcp(host: str, port: int) -> socket.socket:
     """A listening TCP socket, IPv4 or IPv6 by `host`, non-blocking; port 0 lets the kernel choose."""
     try:

@@ -30,6 +30,7 @@ from nbdmirror.devices.base import Capabilities
 from nbdmirror.devices.nbd_setup import READ, WRITE, Handle, connect_failure, resolve, set_up_tls, wait_for_fd
 from nbdmirror.errors import DeviceError, UsageError
 from nbdmirror.protocol.constants import BASE_ALLOCATION
+from nbdmirror.sockets import widen_unix_send_buffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -141,6 +142,7 @@ class NbdConnection:
                 await connection._handshake()
             connection._learn()
             connection._fd = connection._live.aio_get_fd()
+            widen_unix_send_buffer(connection._fd)
             connection._update()
             return connection
         except TimeoutError:
