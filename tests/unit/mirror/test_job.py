@@ -242,6 +242,18 @@ async def test_status_that_is_out_of_date_is_not_acted_on() -> None:
     await completed(rig)
 
 
+@pytest.mark.parametrize("limit", [512, 3000, CHUNK, 3 * CHUNK + 1])
+async def test_status_that_covers_only_a_part(limit: int) -> None:
+    rig = Rig()
+    for at in range(0, SIZE, 2 * CHUNK):
+        MemoryDevice.pwrite_now(rig.source, b"data" * 1024, at)
+    MemoryDevice.pwrite_now(rig.target, b"t" * SIZE, 0)
+    rig.source.status_limit = limit
+    await rig.ready()
+    assert rig.target.data == rig.source.data
+    await completed(rig)
+
+
 async def test_rewritten_data_that_became_zero_is_zeroed_on_the_target() -> None:
     rig = Rig(data=FULL, target_is_zero=True)
     await rig.ready()

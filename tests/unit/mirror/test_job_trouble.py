@@ -347,3 +347,16 @@ async def test_rate_limit_does_not_lengthen_a_hold(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     rig.job.cancel()
     await rig.until("null")
+
+
+async def test_turn_that_ends_with_requests_in_flight_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_module, "HOLD_SECONDS", 0.1)
+    monkeypatch.setattr(job_module, "_CLOSE_IN_TURNS", 1)
+    rig = Rig(data=FULL, holding_target={"pwrite"}, requests=16)
+    rig.job.state.dirty.fill()
+    async with asyncio.timeout(BOUND):
+        assert not await rig.job._close_in()
+    assert len(rig.target.named("pwrite")) == 8, "all of it was begun"
+    assert not rig.device.is_drained
+    await rig.release()
+    assert rig.job.state.is_synced
