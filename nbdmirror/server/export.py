@@ -75,7 +75,7 @@ class Export:
             description=self.description,
             minimum_block=limits.minimum,
             preferred_block=max(limits.preferred, limits.minimum, 512),
-            maximum_payload=c.DEFAULT_MAX_PAYLOAD,
+            maximum_payload=c.MAX_PAYLOAD,
         )
 
     def __repr__(self) -> str:

@@ -36,7 +36,7 @@ _log: Final = logging.getLogger(__name__)
 
 # QEMU and nbdkit serve 16 requests of a connection at a time; more only helps a disk that sorts a deep queue.
 MAX_IN_FLIGHT: Final = 64
-# Two of the largest requests, or all of the 1 MiB ones.
+# One of the largest requests, or all of the 1 MiB ones.
 MAX_BYTES_IN_FLIGHT: Final = 64 * MiB
 # Unsent replies, in bytes: reading stops above the first and goes on below the second.
 _WRITE_HIGH: Final = MiB
