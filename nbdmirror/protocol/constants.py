@@ -126,7 +126,10 @@ EOVERFLOW: Final = 75
 ENOTSUP: Final = 95
 ESHUTDOWN: Final = 108
 
+# Meta contexts: the text's own, and QEMU's (its docs/interop/nbd.txt).
 BASE_ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
 
 # Section "Block sizes": the payload every server should take, and so the most a client may send unasked.
 DEFAULT_MAX_PAYLOAD: Final = 32 * 1024 * 1024
