@@ -70,6 +70,10 @@ class ServerConnection:
         out, phase.out = phase.out, []
         return out
 
+    def shut_down(self) -> None:
+        """Answer options with ERR_SHUTDOWN from now on; requests are the owner's to refuse."""
+        self._handshake.shut_down()
+
     def accept(self, info: ExportInfo) -> None:
         """Answer an ExportQuery: the export exists, and is so."""
         self._handshake.accept(info)

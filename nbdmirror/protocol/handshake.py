@@ -13,6 +13,7 @@ Rules:
    fails.
 5. Extended headers include what structured replies give. Once they are agreed on there is no way back to structured replies,
    nor by EXPORT_NAME, whose reply could not say so.
+6. After `shut_down` every option but ABORT is answered with ERR_SHUTDOWN.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Handshake:
         ]
         self._receiver = receiver
         self._greeted = False
+        self._shutting_down = False
         self._no_zeroes = False
         self._structured = False
         self._extended = False
@@ -188,6 +190,8 @@ class Handshake:
             self._contexts = {}  # rule 4, for whatever reason it may fail
         handler = self._handlers.get(option)
         try:
+            if self._shutting_down:
+                raise _OptionError(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
             if handler is None:
                 raise _OptionError(OptionReply.ERR_UNSUP, f"option {option} is not supported")
             if data is None:
@@ -203,6 +207,8 @@ class Handshake:
         """The one option that has no error reply: what can't be satisfied ends the connection."""
         if self._extended:
             raise ProtocolError("the client asked for extended headers and then by EXPORT_NAME")
+        if self._shutting_down:
+            raise ProtocolError("the client asked for an export while the server was shutting down")
         try:
             if data is None or len(data) > c.MAX_STRING:
                 raise ProtocolError("the client asked for an export name longer than 4096 bytes")
@@ -258,6 +264,10 @@ class Handshake:
         queries = tuple(fields.string() for _ in range(count))
         fields.finish()
         return self._ask(MetaContextQuery(name, queries, option))
+
+    def shut_down(self) -> None:
+        """From now on nothing is agreed on any more."""
+        self._shutting_down = True
 
     # --- answers ---------------------------------------------------------------------------------------------------
 

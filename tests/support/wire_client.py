@@ -166,6 +166,11 @@ class ClientCore:
         """How many requests have no reply yet."""
         return len(self._sent)
 
+    @property
+    def awaiting(self) -> frozenset[int]:
+        """The cookies that have no reply yet."""
+        return frozenset(self._sent)
+
     def _take(self, length: int) -> bytes:
         taken = bytes(self._buffer[:length])
         del self._buffer[:length]
@@ -474,6 +479,15 @@ class WireClient:
         """A request and its reply; no other may be awaited."""
         await self.request(command, offset, length, **rest)
         return await self.reply()
+
+    async def ask_among(self, command: int, offset: int = 0, length: int = 0, **rest: Any) -> Reply:
+        """A request and the next reply, which must be its own; others may be awaited."""
+        awaited = self.core.awaiting
+        await self.request(command, offset, length, **rest)
+        reply = await self.reply()
+        if reply.cookie in awaited:
+            raise WireError(f"a reply to {reply.cookie}, which was asked before")
+        return reply
 
     def abort(self) -> None:
         """Be gone, without a word."""

@@ -485,3 +485,25 @@ def test_go_and_requests_may_share_a_segment() -> None:
     linked.say(go("disk") + wire.request(c.CMD_READ, 0, 512, cookie=7) + wire.request(c.CMD_DISC))
     assert linked.heard[-2:] == [(c.CMD_READ, 0, 7, 0, 512, None), (c.CMD_DISC, 0, 0, 0, 0, None)]
     assert linked.ended
+
+
+# --- shutting down ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [each for each in Option if each not in (Option.EXPORT_NAME, Option.ABORT)])
+@pytest.mark.parametrize("data", [b"", b"some data", bytes(300_000)])
+def test_options_are_refused_while_the_server_shuts_down(number: Option, data: bytes) -> None:
+    linked = pair()
+    linked.server.shut_down()
+    assert only(linked, option(number, data)) == OptionReply.ERR_SHUTDOWN
+    assert linked.heard == []
+    assert not linked.server.structured
+    assert only(linked, option(Option.ABORT)) == OptionReply.ACK
+    assert linked.ended
+
+
+def test_export_name_ends_the_connection_while_the_server_shuts_down() -> None:
+    linked = pair()
+    linked.server.shut_down()
+    with pytest.raises(ProtocolError, match="shutting down"):
+        linked.say(option(Option.EXPORT_NAME, b"disk"))
