@@ -101,7 +101,7 @@ async def test_no_context_and_lost_bitmap() -> None:
 
 async def test_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert contexts.MOST_EXTENTS <= 1 << 20
-    monkeypatch.setattr(contexts, "MOST_EXTENTS", 3)
+    monkeypatch.setattr(contexts, "MOST_EXTENTS", 9)
     bitmap = DirtyBitmap(SIZE, 4096)
     for at in range(1, 64, 2):
         bitmap.add(at * 4096, 1)
@@ -112,6 +112,10 @@ async def test_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         2: [(512, 1), (512, 0), (512, 1)],
         3: [(4096, 0), (4096, 1), (4096, 0)],
     }
+    alone = await ask(opened(device, {}, {1: c.BASE_ALLOCATION}), 0, SIZE)
+    assert alone == {1: [(512, at % 2) for at in range(9)]}
+    monkeypatch.setattr(contexts, "MOST_EXTENTS", 2)
+    assert [len(each) for each in (await ask(opened(device, {"b": bitmap}), 0, SIZE)).values()] == [1, 1, 1]
 
 
 async def test_large_ranges_are_one_extent() -> None:
