@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -116,3 +117,27 @@ async def test_silent_clients_are_hung_up_on(sock_dir: Path) -> None:
         await listener.aclose()
         assert await one.read_until_closed() == b""
         await two.read_until_closed()
+
+
+async def test_the_daemon_answers_what_it_accepted_and_ends_although_a_client_stays(tmp_path: Path, sock_dir: Path) -> None:
+    disk, sock = tmp_path / "disk", sock_dir / "sock"
+    disk.write_bytes(bytes(SIZE))
+    daemon = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "nbdmirror", "serve", "-k", str(sock), str(disk), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            assert daemon.stdout is not None
+            assert (await daemon.stdout.readline()).startswith(b"READY ")
+        async with await WireClient.connect_unix(sock) as client:
+            await client.open(structured=True)
+            assert (await client.ask(c.CMD_WRITE, 0, payload=b"kept", flags=c.FUA)).error == 0
+            daemon.terminate()
+            assert await client.read_until_closed() == b""
+            async with asyncio.timeout(TIMEOUT):
+                assert await daemon.wait() == 0
+    finally:
+        if daemon.returncode is None:
+            daemon.kill()
+            await daemon.wait()
+    assert disk.read_bytes()[:4] == b"kept"
