@@ -9,8 +9,9 @@ Rules:
    a request that it is still sending for one to no request at all, and gives the connection up.
 2. `refusal_of` is the only judge of ranges and flags: whoever serves a request that it passed need not look again.
 3. With extended headers a length has 64 bits, and a payload follows where the flag PAYLOAD_LEN says so, and only there. A WRITE
-   must have it; a payload on any other command is consumed before the request is refused. The flag is taken off a WRITE, so
-   that whoever serves requests never knows how they were framed.
+   must have it; a payload on any other command is consumed before the request is refused, and one over the limit ends the
+   connection, as the text wants it here. The flag is taken off a WRITE, so that whoever serves requests never knows how they
+   were framed.
 """
 
 from __future__ import annotations
