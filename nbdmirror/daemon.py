@@ -170,9 +170,8 @@ class Daemon:
 
     def _say_ready(self) -> None:
         line = f"READY {self._uri}\n"
-        with suppress(BrokenPipeError):
-            sys.stdout.write(line)
-            sys.stdout.flush()
+        with suppress(BrokenPipeError):  # past Python's buffer, which would be flushed, and fail, once more at the end
+            os.write(sys.stdout.fileno(), line.encode())
         if self._options.ready_fd is not None:
             try:
                 os.write(self._options.ready_fd, line.encode())

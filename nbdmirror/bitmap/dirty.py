@@ -82,13 +82,17 @@ class DirtyBitmap:
         run = self.next_run(offset >> self._shift)
         return None if run is None else self.range_of(*run)
 
-    def extents(self, offset: int, length: int) -> ExtentList:
-        """The range as extents whose flag 1 says dirty."""
+    def extents(self, offset: int, length: int, most: int | None = None) -> ExtentList:
+        """The range, or its first `most` extents, as extents whose flag 1 says dirty."""
         extents = ExtentList(offset, length)
         end = offset + length
         for first, after in self.runs(*self.span(offset, length)):
             extents.add_until(min(first << self._shift, end), 0)
+            if len(extents) == most:
+                return extents
             extents.add_until(min(after << self._shift, end), DIRTY)
+            if len(extents) == most:
+                return extents
         extents.add_until(end, 0)
         return extents
 

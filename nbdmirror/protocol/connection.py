@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nbdmirror.protocol.handshake import Handshake
 from nbdmirror.protocol.messages import HandshakeEvent, Opened
 from nbdmirror.protocol.receiver import Receiver
+from nbdmirror.protocol.replies import Replies, replies_for
 from nbdmirror.protocol.transmission import Transmission
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class ServerConnection:
         self._receiver = Receiver()
         self._handshake = Handshake(self._receiver)
         self._transmission: Transmission | None = None
+        self._replies: Replies | None = None
         self.get_buffer = self._receiver.get_buffer
         self.buffer_updated = self._receiver.buffer_updated
 
@@ -40,7 +42,7 @@ class ServerConnection:
 
     @property
     def structured(self) -> bool:
-        """Whether replies are structured."""
+        """Whether replies have chunks."""
         return self._transmission is not None and self._transmission.structured
 
     def next_event(self) -> HandshakeEvent | None:
@@ -48,7 +50,8 @@ class ServerConnection:
         event = self._handshake.next_event()
         if isinstance(event, Opened):
             self._transmission = Transmission(self._receiver, event)
-            self._transmission.out += self._handshake.out
+            self._replies = replies_for(event)
+            self._replies.out += self._handshake.out
         return event
 
     def next_request(self) -> Request | None:
@@ -58,14 +61,18 @@ class ServerConnection:
 
     def reply(self, request: Request, answer: Answer) -> None:
         """Queue the answer to a request; answers may be given in any order."""
-        assert self._transmission is not None, "no export has been opened"
-        self._transmission.reply(request, answer)
+        assert self._replies is not None, "no export has been opened"
+        self._replies.reply(request, answer)
 
     def data_to_send(self) -> list[bytes | bytearray | memoryview]:
         """What is to be sent, in order; it is handed over once."""
-        phase: Handshake | Transmission = self._transmission or self._handshake
+        phase: Handshake | Replies = self._replies or self._handshake
         out, phase.out = phase.out, []
         return out
+
+    def shut_down(self) -> None:
+        """Answer options with ERR_SHUTDOWN from now on; requests are the owner's to refuse."""
+        self._handshake.shut_down()
 
     def accept(self, info: ExportInfo) -> None:
         """Answer an ExportQuery: the export exists, and is so."""

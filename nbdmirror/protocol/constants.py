@@ -75,6 +75,7 @@ TFLAG_SEND_FAST_ZERO: Final = 1 << 11
 
 # Section "Request types"
 REQUEST_MAGIC: Final = 0x25609513
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
 CMD_READ: Final = 0
 CMD_WRITE: Final = 1
 CMD_DISC: Final = 2
@@ -91,16 +92,27 @@ NO_HOLE: Final = 1 << 1
 DF: Final = 1 << 2
 REQ_ONE: Final = 1 << 3
 FAST_ZERO: Final = 1 << 4
-FLAG_NAMES: Final = ((FUA, "FUA"), (NO_HOLE, "NO_HOLE"), (DF, "DF"), (REQ_ONE, "REQ_ONE"), (FAST_ZERO, "FAST_ZERO"))
+PAYLOAD_LEN: Final = 1 << 5
+FLAG_NAMES: Final = (
+    (FUA, "FUA"),
+    (NO_HOLE, "NO_HOLE"),
+    (DF, "DF"),
+    (REQ_ONE, "REQ_ONE"),
+    (FAST_ZERO, "FAST_ZERO"),
+    (PAYLOAD_LEN, "PAYLOAD_LEN"),
+)
 
-# Sections "Simple reply message" and "Structured reply types"
+# Sections "Simple reply message" and "Structured reply types"; what has EXTENDED or EXT in its name is from the protocol's
+# extension for extended headers.
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 REPLY_FLAG_DONE: Final = 1
 REPLY_NONE: Final = 0
 REPLY_OFFSET_DATA: Final = 1
 REPLY_OFFSET_HOLE: Final = 2
 REPLY_BLOCK_STATUS: Final = 5
+REPLY_BLOCK_STATUS_EXT: Final = 6
 REPLY_ERROR: Final = (1 << 15) + 1
 REPLY_ERROR_OFFSET: Final = (1 << 15) + 2
 
@@ -114,7 +126,12 @@ EOVERFLOW: Final = 75
 ENOTSUP: Final = 95
 ESHUTDOWN: Final = 108
 
+# Meta contexts: the text's own, and QEMU's (its docs/interop/nbd.txt).
 BASE_ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
 
 # Section "Block sizes": the payload every server should take, and so the most a client may send unasked.
 DEFAULT_MAX_PAYLOAD: Final = 32 * 1024 * 1024
+# What our own server takes, and says so: as much as nbdkit.
+MAX_PAYLOAD: Final = 64 * 1024 * 1024

@@ -11,6 +11,9 @@ Rules:
 3. One question is open at a time: after a query event nothing is parsed until it has been answered.
 4. Meta contexts belong to the export name they were selected for, and a new selection replaces the old one even when it
    fails.
+5. Extended headers include what structured replies give. Once they are agreed on there is no way back to structured replies,
+   nor by EXPORT_NAME, whose reply could not say so.
+6. After `shut_down` every option but ABORT is answered with ERR_SHUTDOWN.
 """
 
 from __future__ import annotations
@@ -104,8 +107,10 @@ class Handshake:
         ]
         self._receiver = receiver
         self._greeted = False
+        self._shutting_down = False
         self._no_zeroes = False
         self._structured = False
+        self._extended = False
         self._options_seen = 0
         self._selected_for = ""
         self._contexts: dict[int, str] = {}
@@ -113,12 +118,12 @@ class Handshake:
         self._wanted_infos: tuple[int, ...] = ()
         self._opened: Opened | None = None
         self._handlers: dict[int, Callable[[bytes], HandshakeEvent | None]] = {
-            Option.ABORT: self._on_abort,
             Option.LIST: self._on_list,
             Option.STARTTLS: self._on_starttls,
             Option.INFO: lambda data: self._on_go(Option.INFO, data),
             Option.GO: lambda data: self._on_go(Option.GO, data),
             Option.STRUCTURED_REPLY: self._on_structured_reply,
+            Option.EXTENDED_HEADERS: self._on_extended_headers,
             Option.LIST_META_CONTEXT: lambda data: self._on_meta_context(Option.LIST_META_CONTEXT, data),
             Option.SET_META_CONTEXT: lambda data: self._on_meta_context(Option.SET_META_CONTEXT, data),
         }
@@ -179,10 +184,14 @@ class Handshake:
     def _dispatch(self, option: int, data: bytes | None) -> HandshakeEvent | None:
         if option == Option.EXPORT_NAME:
             return self._on_export_name(data)
+        if option == Option.ABORT:
+            return self._on_abort()
         if option == Option.SET_META_CONTEXT:
             self._contexts = {}  # rule 4, for whatever reason it may fail
         handler = self._handlers.get(option)
         try:
+            if self._shutting_down:
+                raise _OptionError(OptionReply.ERR_SHUTDOWN, "the server is shutting down")
             if handler is None:
                 raise _OptionError(OptionReply.ERR_UNSUP, f"option {option} is not supported")
             if data is None:
@@ -196,6 +205,10 @@ class Handshake:
 
     def _on_export_name(self, data: bytes | None) -> HandshakeEvent:
         """The one option that has no error reply: what can't be satisfied ends the connection."""
+        if self._extended:
+            raise ProtocolError("the client asked for extended headers and then by EXPORT_NAME")
+        if self._shutting_down:
+            raise ProtocolError("the client asked for an export while the server was shutting down")
         try:
             if data is None or len(data) > c.MAX_STRING:
                 raise ProtocolError("the client asked for an export name longer than 4096 bytes")
@@ -203,7 +216,8 @@ class Handshake:
         except _OptionError as error:
             raise ProtocolError(f"the client asked for an export by a bad name: {error}") from None
 
-    def _on_abort(self, _data: bytes) -> HandshakeEvent:
+    def _on_abort(self) -> HandshakeEvent:
+        """Its data, of any length, is of no interest."""
         self._ack(Option.ABORT)
         return Disconnected()
 
@@ -220,8 +234,16 @@ class Handshake:
     def _on_structured_reply(self, data: bytes) -> None:
         if data:
             raise _OptionError(OptionReply.ERR_INVALID, "STRUCTURED_REPLY takes no data")
+        if self._extended:
+            raise _OptionError(OptionReply.ERR_EXT_HEADER_REQD, "extended headers have been agreed on already")
         self._structured = True
         self._ack(Option.STRUCTURED_REPLY)
+
+    def _on_extended_headers(self, data: bytes) -> None:
+        if data:
+            raise _OptionError(OptionReply.ERR_INVALID, "EXTENDED_HEADERS takes no data")
+        self._structured = self._extended = True
+        self._ack(Option.EXTENDED_HEADERS)
 
     def _on_go(self, option: Option, data: bytes) -> HandshakeEvent:
         fields = _Fields(data)
@@ -242,6 +264,10 @@ class Handshake:
         queries = tuple(fields.string() for _ in range(count))
         fields.finish()
         return self._ask(MetaContextQuery(name, queries, option))
+
+    def shut_down(self) -> None:
+        """From now on nothing is agreed on any more."""
+        self._shutting_down = True
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
@@ -267,6 +293,7 @@ class Handshake:
     def refuse(self, reply: OptionReply, message: str) -> None:
         """The pending query can't be satisfied. Raises ProtocolError where the protocol has no way to say so."""
         question, self._question = self._question, None
+        assert question is not None, f"refused by {message!r} what was not asked"
         if isinstance(question, ExportQuery | MetaContextQuery):
             if question.option == Option.EXPORT_NAME:
                 raise ProtocolError(message)
@@ -319,7 +346,7 @@ class Handshake:
 
     def _open(self, asked_name: str, info: ExportInfo) -> None:
         contexts = self._contexts if asked_name == self._selected_for else {}
-        self._opened = Opened(info, self._structured, contexts)
+        self._opened = Opened(info, self._structured, contexts, self._extended)
 
 
 def matches(name: str, queries: Sequence[str], *, selecting: bool) -> bool:

@@ -1,4 +1,4 @@
-"""What crosses the border of the protocol core: events out of it, answers into it, and the packed form of both.
+"""What crosses the border of the protocol core: events out of it, answers into it, and the packed form of option replies.
 
 Rules:
 1. Everything here is immutable and knows how to print itself for a log line.
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
     from nbdmirror.extents import ExtentList
 
-_SIMPLE: Final = struct.Struct(">IIQ")
-_CHUNK: Final = struct.Struct(">IHHQI")
-_DATA_CHUNK: Final = struct.Struct(">IHHQIQ")
-_HOLE_CHUNK: Final = struct.Struct(">IHHQIQI")
 _OPTION_REPLY: Final = struct.Struct(">QIII")
 
 
@@ -58,7 +54,7 @@ class ExportInfo:
     description: str = ""
     minimum_block: int = 1
     preferred_block: int = 4096
-    maximum_payload: int = c.DEFAULT_MAX_PAYLOAD
+    maximum_payload: int = c.MAX_PAYLOAD
     contexts: tuple[str, ...] = (c.BASE_ALLOCATION,)
 
     @property
@@ -91,11 +87,16 @@ class MetaContextQuery:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Haggling is over: requests follow. `contexts` maps the granted ids to meta context names."""
+    """Haggling is over: requests follow.
+
+    `structured` says that replies have chunks, `extended` that the chunks and the requests have extended headers;
+    `contexts` maps the granted ids to meta context names.
+    """
 
     info: ExportInfo
     structured: bool
     contexts: dict[int, str] = field(default_factory=dict)
+    extended: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,34 +146,3 @@ def option_reply(option: int, reply: int, data: bytes = b"") -> bytes:
 def wire_text(message: str) -> bytes:
     """A message as a protocol string: UTF-8, cut between characters at what a string may have (section "Values")."""
     return message.encode(errors="replace")[: c.MAX_STRING].decode(errors="ignore").encode()
-
-
-def simple_reply(cookie: int, error: int = 0) -> bytes:
-    """Section "Simple reply message": 16 bytes."""
-    return _SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, error, cookie)
-
-
-def data_chunk(cookie: int, flags: int, offset: int, length: int) -> bytes:
-    """The head of an OFFSET_DATA chunk; `length` bytes of content follow it."""
-    return _DATA_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_OFFSET_DATA, cookie, length + 8, offset)
-
-
-def hole_chunk(cookie: int, flags: int, offset: int, length: int) -> bytes:
-    """An OFFSET_HOLE chunk: `length` zeroes that do not travel."""
-    return _HOLE_CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_OFFSET_HOLE, cookie, 12, offset, length)
-
-
-def error_chunk(cookie: int, error: int, message: str) -> bytes:
-    """An ERROR chunk that ends the reply."""
-    text = wire_text(message)
-    head = _CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, c.REPLY_FLAG_DONE, c.REPLY_ERROR, cookie, 6 + len(text))
-    return head + struct.pack(">IH", error, len(text)) + text
-
-
-def status_chunk(cookie: int, flags: int, context_id: int, extents: ExtentList) -> bytes:
-    """A BLOCK_STATUS chunk: the extents of one meta context, with 32-bit lengths."""
-    words = [context_id]
-    for extent in extents:
-        words += (extent.length, extent.flags)
-    head = _CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, c.REPLY_BLOCK_STATUS, cookie, 4 * len(words))
-    return head + struct.pack(f">{len(words)}I", *words)

@@ -18,14 +18,15 @@ from typing import Final
 WINDOW_START: Final = 4 * 1024
 WINDOW_MAX: Final = 256 * 1024
 IN_WINDOW: Final = 64 * 1024
-# After a big payload another one is likely: read only a little past its header, so that little has to be copied over.
+# After a big payload another one is likely: read only a little past its header, so that little has to be copied over. When
+# the bytes that come next begin none, that was the last one.
 WINDOW_AFTER_BIG: Final = 4 * 1024
 
 
 class Receiver:
     """The received, not yet parsed bytes of one connection: `window[start:end]`."""
 
-    __slots__ = ("_filled", "_grow", "_payload", "_read_ahead", "_skip", "_view", "end", "start", "window")
+    __slots__ = ("_after_big", "_filled", "_grow", "_payload", "_read_ahead", "_skip", "_view", "end", "start", "window")
 
     def __init__(self) -> None:
         self.window = bytearray(WINDOW_START)
@@ -37,6 +38,7 @@ class Receiver:
         self._skip = 0
         self._grow = 0
         self._read_ahead = WINDOW_MAX
+        self._after_big = False
 
     @property
     def available(self) -> int:
@@ -61,6 +63,10 @@ class Receiver:
             self._filled += count
             return
         self.end += count
+        if self._after_big:
+            self._after_big = False
+        else:
+            self._read_ahead = WINDOW_MAX
         if self._skip:
             dropped = min(self._skip, self.available)
             self._skip -= dropped
@@ -102,6 +108,7 @@ class Receiver:
         self._payload[: self._filled] = self.view(self._filled)
         self.start += self._filled
         self._read_ahead = WINDOW_AFTER_BIG
+        self._after_big = True
 
     def finish_payload(self) -> memoryview | None:
         """The payload once it is whole, else None."""
@@ -110,10 +117,6 @@ class Receiver:
             return None
         self._payload = None
         return payload
-
-    def small_request_seen(self) -> None:
-        """The peer sends small requests: read ahead as far as the window goes."""
-        self._read_ahead = WINDOW_MAX
 
     def _compact(self) -> None:
         held = self.available

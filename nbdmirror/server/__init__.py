@@ -1,1 +1,3 @@
-"""The NBD server: `listener` accepts, `session` joins a socket to the protocol core, `export` answers from a disk."""
+"""The NBD server: `listener` accepts, `session` joins a socket to the protocol core, `export` answers from a disk, `contexts`
+says what is known of its blocks.
+"""

@@ -16,15 +16,17 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.errors import DeviceError
-from nbdmirror.extents import ExtentList, is_zero, zero_runs
+from nbdmirror.extents import is_zero, zero_runs
 from nbdmirror.protocol import constants as c
-from nbdmirror.protocol.messages import DONE, Answer, ExportInfo, Opened, ReadReply, Refusal, Request, StatusReply
+from nbdmirror.protocol.messages import DONE, Answer, ExportInfo, Opened, ReadReply, Refusal, Request
 from nbdmirror.protocol.transmission import refusal_of
+from nbdmirror.server.contexts import block_status, context_names
 from nbdmirror.units import KiB, MiB
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from nbdmirror.bitmap.dirty import DirtyBitmap
     from nbdmirror.devices.base import BlockDevice, Capabilities
 
 _log: Final = logging.getLogger(__name__)
@@ -56,10 +58,23 @@ def refusal_from(error: DeviceError) -> Refusal:
 
 
 class Export:
-    """A disk offered under a name. `node_name` is the node that it is made from."""
+    """A disk offered under a name.
 
-    def __init__(self, name: str, device: BlockDevice, *, description: str = "", read_only: bool = False) -> None:
+    `bitmaps` are the dirty bitmaps of the same disk that clients may look at, by name. It is looked at whenever a client
+    asks: what the owner puts in or takes out later counts, too.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: BlockDevice,
+        *,
+        description: str = "",
+        read_only: bool = False,
+        bitmaps: Mapping[str, DirtyBitmap] | None = None,
+    ) -> None:
         self.name = name
+        self.bitmaps = {} if bitmaps is None else bitmaps
         self.device = device
         self.description = description
         self.read_only = read_only or device.capabilities.read_only
@@ -75,7 +90,8 @@ class Export:
             description=self.description,
             minimum_block=limits.minimum,
             preferred_block=max(limits.preferred, limits.minimum, 512),
-            maximum_payload=c.DEFAULT_MAX_PAYLOAD,
+            maximum_payload=c.MAX_PAYLOAD,
+            contexts=context_names(self.bitmaps),
         )
 
     def __repr__(self) -> str:
@@ -193,7 +209,7 @@ class OpenExport:
                     await self._device.pread(data, request.offset)
                     return ReadReply(data, self._runs(data) if self._takes_chunks(request) else None)
                 case c.CMD_BLOCK_STATUS:
-                    return await self._block_status(request)
+                    return await block_status(self._device, self.export.bitmaps, self._contexts, request)
                 case _:
                     await self._change(request)
                     return DONE
@@ -217,13 +233,3 @@ class OpenExport:
                 await device.cache(offset, length)
             case _:
                 raise AssertionError(f"{request!r} passed the check but is not served")
-
-    async def _block_status(self, request: Request) -> Answer:
-        if not self._contexts:
-            return Refusal(c.EINVAL, "no meta context was negotiated")
-        extents = await self._device.extents(request.offset, request.length)
-        if request.flags & c.REQ_ONE:
-            first = ExtentList(request.offset, request.length)
-            first.add(extents[0].length, extents[0].flags)
-            extents = first
-        return StatusReply([(context_id, extents) for context_id in self._contexts])

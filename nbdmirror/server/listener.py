@@ -1,7 +1,8 @@
 """Listener: accepts clients on one socket and knows the sessions it has started.
 
 Rules:
-1. Closing stops accepting first, then lets every session finish what it accepted, then closes.
+1. Closing stops accepting first, then lets every session finish what it accepted. Clients that are still there then have
+   a moment to hear that the server shuts down and to say goodbye; then they are hung up on.
 2. With a limit on clients, one too many is hung up on at once, with a log line.
 """
 
@@ -22,15 +23,25 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 _CLOSE_SECONDS: Final = 30.0
+# Long enough for a client across the world to try once more and hear why not, too short for anybody to wait for.
+_FAREWELL_SECONDS: Final = 0.25
 
 
 class Listener:
-    """One listening socket. `max_clients` 0 means no limit."""
+    """One listening socket. `max_clients` 0 means no limit; `farewell` is what clients get at the end, in seconds."""
 
-    def __init__(self, sock: socket.socket, exports: Mapping[str, Export], *, max_clients: int = 0) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        exports: Mapping[str, Export],
+        *,
+        max_clients: int = 0,
+        farewell: float = _FAREWELL_SECONDS,
+    ) -> None:
         self._sock = sock
         self._exports = exports
         self._max_clients = max_clients
+        self._farewell = farewell
         self._sessions: set[Session] = set()
         self._server: asyncio.Server | None = None
         self._path = sock.getsockname() if sock.family == socket.AF_UNIX else None
@@ -83,6 +94,18 @@ class Listener:
             for wait in late:
                 wait.cancel()
                 _log.error("a client's requests did not finish within %.0f s of shutting down", _CLOSE_SECONDS)
+        await _all_closed(sessions, self._farewell)
+        for session in list(self._sessions):
+            session.hang_up()
+
+
+async def _all_closed(sessions: list[Session], timeout: float) -> None:
+    """Wait until every session is closed, at most `timeout` seconds."""
+    waits = [asyncio.ensure_future(session.wait_closed()) for session in sessions]
+    if waits:
+        _, late = await asyncio.wait(waits, timeout=timeout)
+        for wait in late:
+            wait.cancel()
 
 
 class _Refused(asyncio.Protocol):

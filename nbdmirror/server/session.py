@@ -7,7 +7,9 @@ Rules:
    it does, it holds a bounded amount of memory.
 3. A request that was accepted is finished, also when the client has gone: a write half done would be worse than one
    unasked for. Only its reply is dropped.
-4. The peer's faults end its own connection with one log line; a fault of ours does, too, with a traceback. Other clients
+4. At the end of the server requests that were accepted are finished; those that come later are refused with ESHUTDOWN and
+   options with ERR_SHUTDOWN, until the client or `hang_up` ends it.
+5. The peer's faults end its own connection with one log line; a fault of ours does, too, with a traceback. Other clients
    notice neither.
 """
 
@@ -20,8 +22,16 @@ from typing import TYPE_CHECKING, Final, cast
 
 from nbdmirror.errors import ProtocolError
 from nbdmirror.protocol.connection import ServerConnection
-from nbdmirror.protocol.constants import CMD_DISC, CMD_READ, CMD_WRITE, OptionReply
-from nbdmirror.protocol.messages import Disconnected, ExportQuery, ListQuery, MetaContextQuery, Opened, Request
+from nbdmirror.protocol.constants import CMD_DISC, CMD_READ, CMD_WRITE, ESHUTDOWN, OptionReply
+from nbdmirror.protocol.messages import (
+    Disconnected,
+    ExportQuery,
+    ListQuery,
+    MetaContextQuery,
+    Opened,
+    Refusal,
+    Request,
+)
 from nbdmirror.protocol.receiver import IN_WINDOW
 from nbdmirror.server.export import OpenExport
 from nbdmirror.sockets import widen_unix_send_buffer
@@ -36,7 +46,7 @@ _log: Final = logging.getLogger(__name__)
 
 # QEMU and nbdkit serve 16 requests of a connection at a time; more only helps a disk that sorts a deep queue.
 MAX_IN_FLIGHT: Final = 64
-# Two of the largest requests, or all of the 1 MiB ones.
+# One of the largest requests, or all of the 1 MiB ones.
 MAX_BYTES_IN_FLIGHT: Final = 64 * MiB
 # Unsent replies, in bytes: reading stops above the first and goes on below the second.
 _WRITE_HIGH: Final = MiB
@@ -44,6 +54,7 @@ _WRITE_LOW: Final = 256 * KiB
 # Replies gathered in one batch before they are sent, so a batch of large reads starts to travel early.
 _BATCH_BYTES: Final = 512 * KiB
 _IOV_MAX: Final = 1024
+_TOO_LATE: Final = Refusal(ESHUTDOWN, "the server is shutting down")
 
 
 class Session(asyncio.BufferedProtocol):
@@ -62,6 +73,8 @@ class Session(asyncio.BufferedProtocol):
         self._write_paused = False
         self._read_paused = False
         self._closing = False
+        self._shutting_down = False
+        self._closed = asyncio.Event()
 
     # --- the transport's side --------------------------------------------------------------------------------------
 
@@ -98,6 +111,7 @@ class Session(asyncio.BufferedProtocol):
         self._fd = -1
         if self._open is not None:
             self._open.export.clients -= 1
+        self._closed.set()
         self._on_closed(self)
 
     def pause_writing(self) -> None:
@@ -170,7 +184,7 @@ class Session(asyncio.BufferedProtocol):
             if request.command == CMD_DISC:
                 self._closing = True
                 return
-            answer = serve_now(request)
+            answer = _TOO_LATE if self._shutting_down else serve_now(request)
             if answer is None:
                 self._defer(opened, request)
                 continue
@@ -258,7 +272,12 @@ class Session(asyncio.BufferedProtocol):
             self._transport.resume_reading()
 
     def shut_down(self) -> None:
-        """Accept no more, finish what was accepted, close."""
+        """Accept no more and finish what was accepted; the connection stays, so that who comes too late hears why."""
+        self._shutting_down = True
+        self._connection.shut_down()
+
+    def hang_up(self) -> None:
+        """Close as soon as nothing is in flight any more."""
         self._begin_close()
 
     def _begin_close(self) -> None:
@@ -279,6 +298,10 @@ class Session(asyncio.BufferedProtocol):
         """Wait until nothing is in flight any more."""
         while self._tasks:
             await asyncio.wait(set(self._tasks))
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection is gone."""
+        await self._closed.wait()
 
     def __repr__(self) -> str:
         return f"<Session {self._peer} {len(self._tasks)} in flight>"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SIZE = 40 * MiB
+SIZE = 72 * MiB
 OLD = pattern(8 * MiB) + bytes(SIZE - 9 * MiB) + pattern(MiB, 2)
 
 
@@ -181,7 +181,7 @@ async def test_unfit_requests_are_refused_one_by_one(daemon: Daemon, structured:
             (c.CMD_READ, 0, 0, 0, c.EINVAL),
             (c.CMD_READ, SIZE, 1, 0, c.EINVAL),
             (c.CMD_READ, 2**64 - 512, 512, 0, c.EINVAL),
-            (c.CMD_READ, 0, 32 * MiB + 1, 0, c.EOVERFLOW),
+            (c.CMD_READ, 0, c.MAX_PAYLOAD + 1, 0, c.EOVERFLOW),
             (c.CMD_WRITE_ZEROES, SIZE - 1, 2, 0, c.ENOSPC),
             (c.CMD_TRIM, 0, SIZE + 1, 0, c.EINVAL),
             (c.CMD_BLOCK_STATUS, 0, 512, 0, c.EINVAL),
@@ -195,7 +195,7 @@ async def test_writes_past_the_end_or_too_large_are_consumed_and_refused(daemon:
         await client.open(structured=True)
         assert (await client.ask(c.CMD_WRITE, SIZE - 1, payload=b"xy")).error == c.ENOSPC
         assert (await client.ask(c.CMD_WRITE, SIZE - 1, payload=bytes(MiB))).error == c.ENOSPC
-        assert (await client.ask(c.CMD_WRITE, 0, payload=bytes(33 * MiB))).error == c.EOVERFLOW
+        assert (await client.ask(c.CMD_WRITE, 0, payload=bytes(c.MAX_PAYLOAD + MiB))).error == c.EOVERFLOW
         assert (await client.ask(c.CMD_READ, 0, 512)).data == data(0, 512)
 
 

@@ -52,7 +52,8 @@ def daemon(disk: Path) -> Iterator[Daemon]:
 
 
 def exports(*argv: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(run("nbdinfo", "--json", *argv))["exports"]
+    # Without the look at the content: where no `file` command is installed, libnbd 1.14 prints what happened to be in memory.
+    found: list[dict[str, Any]] = json.loads(run("nbdinfo", "--no-content", "--json", *argv))["exports"]
     return found
 
 
@@ -71,8 +72,8 @@ WHAT_A_DISK_CAN = {
     "can_zero": True,
     "block_size_minimum": 1,
     "block_size_preferred": 4096,
-    "block_size_maximum": 32 * MiB,
-    "contexts": ["base:allocation"],
+    "block_size_maximum": 64 * MiB,
+    "contexts": ["base:allocation", "qemu:allocation-depth"],
     "export-size": SIZE,
 }
 WHAT_A_READ_ONLY_DISK_CAN = WHAT_A_DISK_CAN | {
@@ -95,7 +96,7 @@ def test_nbdinfo_sees_every_field(disk: Path, options: tuple[str, ...], expected
 
 
 def test_nbdinfo_speaks_fixed_newstyle_and_structured_replies(daemon: Daemon) -> None:
-    shown = json.loads(run("nbdinfo", "--json", daemon.uri))
+    shown = json.loads(run("nbdinfo", "--no-content", "--json", daemon.uri))
     assert (shown["protocol"], shown["TLS"], shown["structured"]) == ("newstyle-fixed", False, True)
     assert run("nbdinfo", "--size", daemon.uri).strip() == str(SIZE)
 
@@ -104,9 +105,9 @@ def test_nbdinfo_lists_the_export_under_its_name(disk: Path) -> None:
     with serving(disk, "-x", "a", "-D", "what it is") as daemon:
         (shown,) = exports("--list", f"nbd+unix:///?socket={daemon.socket}")
         assert (shown["export-name"], shown["description"], shown["export-size"]) == ("a", "what it is", SIZE)
-        assert "No such file or directory for export: b\n" in fails("nbdinfo", f"nbd+unix:///b?socket={daemon.socket}")
-        fails("nbdinfo", f"nbd+unix:///?socket={daemon.socket}")
-        run("nbdinfo", daemon.uri)
+        assert "No such file or directory for export: b\n" in fails("nbdinfo", "--no-content", f"nbd+unix:///b?socket={daemon.socket}")
+        fails("nbdinfo", "--no-content", f"nbd+unix:///?socket={daemon.socket}")
+        run("nbdinfo", "--no-content", daemon.uri)
 
 
 def test_nbdinfo_maps_holes_and_data_exactly(disk: Path, daemon: Daemon) -> None:
@@ -281,8 +282,8 @@ def test_cache_does_no_harm(disk: Path, daemon: Daemon) -> None:
     assert sha256(disk) == before
 
 
-def test_requests_of_32_mib(tmp_path: Path) -> None:
-    length = 32 * MiB
+def test_the_largest_requests(tmp_path: Path) -> None:
+    length = 64 * MiB
     disk = make_disk(tmp_path / "disk", length + 8 * KiB)
     (tmp_path / "data").write_bytes(pattern(length))
     with serving(disk) as daemon:
@@ -306,6 +307,6 @@ def test_requests_of_32_mib(tmp_path: Path) -> None:
             assert h.pread(1, 4095) == data[:1]
             """,
         )
-        assert daemon.memory() < 256 * MiB
+        assert daemon.memory() < 384 * MiB
     assert content(disk, 4095, length) == pattern(length)
     assert (content(disk, 0, 4095), content(disk, 4095 + length, 4096)) == (bytes(4095), bytes(4096))

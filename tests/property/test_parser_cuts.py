@@ -17,10 +17,21 @@ from hypothesis import strategies as st
 from nbdmirror.protocol import constants as c
 from nbdmirror.protocol.constants import Option
 from tests.support.linked_pair import LinkedPair, export
-from tests.support.wire_client import client_flags, go, go_data, info, meta_context, option, request, string
+from tests.support.wire_client import (
+    client_flags,
+    extended_request,
+    go,
+    go_data,
+    info,
+    meta_context,
+    option,
+    request,
+    string,
+)
 
 CONTEXTS: Final = (c.BASE_ALLOCATION, "qemu:dirty-bitmap:b0")
 STRUCTURED: Final = option(Option.STRUCTURED_REPLY)
+EXTENDED: Final = option(Option.EXTENDED_HEADERS)
 DISC: Final = request(c.CMD_DISC)
 READS: Final = b"".join(request(c.CMD_READ, at * 4096, 4096, cookie=at) for at in range(5))
 
@@ -30,7 +41,7 @@ def write(length: int, *, cookie: int = 1, offset: int = 0) -> bytes:
 
 
 def every_option() -> bytes:
-    names = [Option.LIST, Option.STARTTLS, Option.PEEK_EXPORT, Option.EXTENDED_HEADERS, 4711]
+    names = [Option.LIST, Option.STARTTLS, Option.PEEK_EXPORT, 4711]
     asked = meta_context(Option.LIST_META_CONTEXT, "disk"), meta_context(Option.SET_META_CONTEXT, "disk", CONTEXTS)
     haggling = b"".join(option(name) for name in names) + b"".join(asked) + STRUCTURED + b"".join(asked)
     return haggling + info("disk", [0, 1, 2, 3, 99]) + info("nothing") + info() + go("nothing") + go("disk", [3])
@@ -39,8 +50,27 @@ def every_option() -> bytes:
 def every_malformed_option() -> bytes:
     data = [b"", b"\0", struct.pack(">I", 2**32 - 1), string("disk"), go_data("disk") + b"\0", string(b"\xff") + b"\0\0"]
     numbers = (0, 2, 3, 5, 6, 7, 8, 9, 10, 11)  # all but EXPORT_NAME; ABORT ends it, so it stands elsewhere
-    malformed = [option(number, each) for number in numbers if number != Option.ABORT for each in data]
+    malformed = [
+        option(number, each)
+        for number in numbers
+        for each in data
+        if number != Option.ABORT and (each or number != Option.EXTENDED_HEADERS)  # there, no data is right
+    ]
     return STRUCTURED + b"".join(malformed) + option(Option.LIST, b"x" * 5000)
+
+
+def every_extended_request() -> bytes:
+    commands = [*range(2), *range(3, 9), 65535]
+    plain = [extended_request(command, 4096, 512, cookie=command) for command in commands]
+    payloads = [
+        extended_request(command, 0, payload=b"\x21" * (70 * command % 997 + 1), cookie=command) for command in commands
+    ]
+    lengths = [extended_request(command, 0, length, flags=0) for command in commands for length in (0, 1 << 32, 2**64 - 1)]
+    return b"".join(plain + payloads + lengths)
+
+
+def extended_write(length: int) -> bytes:
+    return extended_request(c.CMD_WRITE, 0, payload=(bytes(range(251)) * (length // 251 + 1))[:length])
 
 
 def every_request() -> bytes:
@@ -66,6 +96,11 @@ def every_request() -> bytes:
     return b"".join(many) + write(0, cookie=98) + write(1, cookie=99) + write(4096) + READS
 
 
+EXTENDED_OPEN: Final = (
+    client_flags() + EXTENDED + meta_context(Option.SET_META_CONTEXT, "disk", CONTEXTS) + STRUCTURED + go("disk")
+)
+EXTENDED_DISC: Final = extended_request(c.CMD_DISC)
+EXTENDED_READS: Final = b"".join(extended_request(c.CMD_READ, at * 4096, 4096, cookie=at) for at in range(5))
 OPEN: Final = client_flags() + STRUCTURED + meta_context(Option.SET_META_CONTEXT, "disk", CONTEXTS) + go("disk")
 
 SMALL: Final = {
@@ -74,6 +109,7 @@ SMALL: Final = {
     "abort": client_flags() + STRUCTURED + option(Option.ABORT, b"data"),
     "export name": client_flags() + option(Option.EXPORT_NAME, b"disk") + READS + DISC,
     "export name with zeroes": client_flags(1) + option(Option.EXPORT_NAME, b"disk") + READS + DISC,
+    "every extended request": EXTENDED_OPEN + every_extended_request() + EXTENDED_READS + EXTENDED_DISC,
     "every request": OPEN + every_request() + DISC,
     "every request, simple replies": client_flags() + go("disk") + every_request() + DISC,
     "many small writes": OPEN + b"".join(write(at % 300, cookie=at) for at in range(200)) + DISC,
@@ -88,6 +124,15 @@ LARGE: Final = {
     + go()
     + DISC,
     "longest option": client_flags() + info("disk", [1] * 65535) + go("disk", [2] * 65535) + READS + DISC,
+    "extended headers": EXTENDED_OPEN
+    + extended_write(65536)
+    + EXTENDED_READS
+    + extended_write(65537)
+    + extended_request(c.CMD_BLOCK_STATUS, 0, payload=bytes(300_000))
+    + EXTENDED_READS
+    + extended_write(1 << 20)
+    + EXTENDED_READS
+    + EXTENDED_DISC,
     "64 KiB": OPEN + write(65536) + READS + write(65535) + READS + DISC,
     "64 KiB + 1": OPEN + write(65537) + READS + write(4096) + write(65537) + DISC,
     "1 MiB": OPEN + write(1 << 20) + READS + write(1) + write(1 << 20, offset=4096) + READS + DISC,
@@ -163,6 +208,10 @@ def test_scripts_say_what_they_mean_to() -> None:
     assert [each[0] for each in heard[-6:]] == [c.CMD_READ] * 5 + [c.CMD_DISC]
     assert {each[0] for each in heard if isinstance(each[0], int)} == {*range(8), 8, 65535}
     assert next(each[5] for each in heard if each[0] == c.CMD_WRITE and each[5] is not None) == b""
+    extended = whole(SMALL["every extended request"])[0]
+    assert [each[0] for each in extended[-6:]] == [c.CMD_READ] * 5 + [c.CMD_DISC]
+    assert {each[0] for each in extended if isinstance(each[0], int)} == {*range(9), 65535}
+    assert [each[4] for each in whole(LARGE["extended headers"])[0] if each[0] == c.CMD_WRITE] == [65536, 65537, 1 << 20]
     oversize = whole(LARGE["oversize"])[0]
     assert [(each[4], each[5] is None) for each in oversize if each[0] == c.CMD_WRITE] == [
         (1 << 20, True),

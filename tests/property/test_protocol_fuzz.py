@@ -14,17 +14,20 @@ from nbdmirror.protocol.constants import Option
 from nbdmirror.protocol.receiver import WINDOW_MAX
 from tests.support import wire_client as wire
 from tests.support.linked_pair import LinkedPair, export
-from tests.support.wire_client import client_flags, go, info, meta_context, option, request
+from tests.support.wire_client import client_flags, extended_request, go, info, meta_context, option, request
 
 LIMIT: Final = 100_000
 
 OPENED: Final = client_flags() + option(Option.STRUCTURED_REPLY) + meta_context(10, "", [c.BASE_ALLOCATION]) + go()
+EXTENDED: Final = client_flags() + option(Option.EXTENDED_HEADERS) + meta_context(10, "", [c.BASE_ALLOCATION]) + go()
 SESSIONS: Final = (
     client_flags() + info("", [1, 2, 3]) + option(Option.LIST) + option(Option.EXPORT_NAME),
     client_flags() + option(Option.STRUCTURED_REPLY) + meta_context(9, "", ["base:"]) + option(Option.ABORT),
     OPENED + request(c.CMD_READ, 0, 4096) + request(c.CMD_WRITE, 5, payload=b"hello") + request(c.CMD_FLUSH),
     OPENED + request(c.CMD_WRITE, 0, payload=b"x" * 70_000) + request(c.CMD_BLOCK_STATUS, 0, 4096) + request(c.CMD_DISC),
     OPENED + request(c.CMD_WRITE, 0, payload=b"x" * (LIMIT + 1)) + request(c.CMD_TRIM, 0, 4096) + request(c.CMD_DISC),
+    EXTENDED + extended_request(c.CMD_WRITE, 5, payload=b"hello") + extended_request(c.CMD_READ, 0, 4096),
+    EXTENDED + extended_request(c.CMD_BLOCK_STATUS, 0, 1 << 40) + extended_request(c.CMD_TRIM, 0, payload=b"x" * 70_000),
 )
 
 
@@ -78,6 +81,7 @@ def test_options_whose_lengths_lie(number: int, name: bytes, lie: int, rest: byt
 @given(any_bytes)
 def test_any_bytes_as_requests(data: bytes) -> None:
     survives(OPENED + data)
+    survives(EXTENDED + data)
 
 
 @settings(max_examples=150)
@@ -103,6 +107,31 @@ def test_any_requests(fields: list[tuple[int, int, int, int, int]], behind: byte
         (reply,) = linked.client.replies()
         assert reply.cookie == number
     survives(OPENED + behind)
+
+
+@settings(max_examples=150)
+@given(st.lists(st.tuples(u16, u16, u64, u64), min_size=1, max_size=10), st.binary(max_size=100))
+def test_any_extended_requests(fields: list[tuple[int, int, int, int]], behind: bytes) -> None:
+    """A reply to each that a client can parse, and the next request is found behind its payload."""
+    linked = LinkedPair([export("", maximum_payload=LIMIT)])
+    linked.client.greeting()
+    linked.say(EXTENDED)
+    linked.client.option_replies()
+    assert linked.client.extended
+    for number, (command, flags, offset, length) in enumerate(fields):
+        payload = b"p" * length if flags & c.PAYLOAD_LEN and length <= LIMIT else b""
+        raw = linked.client.request(command, offset, length, flags=flags, payload=payload, cookie=number)
+        try:
+            linked.say(raw)
+        except ProtocolError:
+            assert flags & c.PAYLOAD_LEN
+            assert length > LIMIT
+            return
+        if linked.ended:
+            return
+        (reply,) = linked.client.replies()
+        assert reply.cookie == number
+    survives(EXTENDED + behind)
 
 
 @settings(max_examples=200)
@@ -136,6 +165,11 @@ def test_claims_are_not_allocated(length: int) -> None:
     receiver = linked.server._receiver
     assert len(receiver.window) < WINDOW_MAX
     assert (receiver._payload is not None) == (length == LIMIT)
+    linked = survives(EXTENDED + wire.extended_request(c.CMD_WRITE, 0, length, flags=c.PAYLOAD_LEN))
+    receiver = linked.server._receiver
+    assert len(receiver.window) < WINDOW_MAX
+    assert (receiver._payload is not None) == (length == LIMIT)
+    assert linked.ended == (length > LIMIT)
 
 
 def test_most_that_a_haggling_client_can_make_the_server_hold() -> None:

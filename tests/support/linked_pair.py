@@ -108,7 +108,7 @@ class LinkedPair:
                 self.ended = True
             case opened:
                 self.info, self.contexts = opened.info, opened.contexts
-                self.client.structured = opened.structured
+                self.client.structured, self.client.extended = opened.structured, opened.extended
                 self.disk = bytearray(opened.info.size)
 
     def _on_request(self, asked: Request) -> None:

@@ -81,6 +81,23 @@ def request(
     return struct.pack(">IHHQQI", magic, flags, command, cookie, offset, length) + (payload or b"")
 
 
+def extended_request(
+    command: int,
+    offset: int = 0,
+    length: int = 0,
+    *,
+    payload: bytes | None = None,
+    cookie: int = 0,
+    flags: int | None = None,
+    magic: int = c.EXTENDED_REQUEST_MAGIC,
+) -> bytes:
+    """Any request with an extended header; a payload sets its flag where no flags are given."""
+    if flags is None:
+        flags = 0 if payload is None else c.PAYLOAD_LEN
+    length = len(payload) if payload is not None and not length else length
+    return struct.pack(">IHHQQQ", magic, flags, command, cookie, offset, length) + (payload or b"")
+
+
 # --- what it hears ---------------------------------------------------------------------------------------------------
 
 
@@ -128,10 +145,11 @@ class _Sent:
 
 
 class ClientCore:
-    """What a client knows of its connection. `structured` is set by the test when that was negotiated."""
+    """What a client knows of its connection. `structured` and `extended` are set by the test when that was negotiated."""
 
     def __init__(self) -> None:
         self.structured = False
+        self.extended = False
         self._buffer = bytearray()
         self._sent: dict[int, _Sent] = {}
         self._next_cookie = 1
@@ -147,6 +165,11 @@ class ClientCore:
     def awaited(self) -> int:
         """How many requests have no reply yet."""
         return len(self._sent)
+
+    @property
+    def awaiting(self) -> frozenset[int]:
+        """The cookies that have no reply yet."""
+        return frozenset(self._sent)
 
     def _take(self, length: int) -> bytes:
         taken = bytes(self._buffer[:length])
@@ -203,10 +226,14 @@ class ClientCore:
         """A request with a cookie of its own, whose reply will be held against it."""
         rest.setdefault("cookie", self._next_cookie)
         self._next_cookie += 1
-        raw = request(command, offset, length, **rest)
-        cookie, _, length = struct.unpack_from(">QQI", raw, 8)
+        if self.extended:
+            raw = extended_request(command, offset, length, **rest)
+            cookie, _, length = struct.unpack_from(">QQQ", raw, 8)
+        else:
+            raw = request(command, offset, length, **rest)
+            cookie, _, length = struct.unpack_from(">QQI", raw, 8)
         if command != c.CMD_DISC:
-            content = bytearray(length if command == c.CMD_READ else 0)
+            content = bytearray(length if command == c.CMD_READ and length < 1 << 30 else 0)
             self._sent[cookie] = _Sent(command, offset, length, Reply(cookie), content)
         return raw
 
@@ -214,19 +241,23 @@ class ClientCore:
         """The next reply that is whole."""
         while len(self._buffer) >= 16:
             magic = int.from_bytes(self._buffer[:4], "big")
-            if magic == c.SIMPLE_REPLY_MAGIC:
+            if magic == c.SIMPLE_REPLY_MAGIC and not self.extended:
                 return self._simple()
-            if magic != c.STRUCTURED_REPLY_MAGIC:
+            if magic != (c.EXTENDED_REPLY_MAGIC if self.extended else c.STRUCTURED_REPLY_MAGIC):
                 raise WireError(f"{magic:#x} where a reply should begin")
             if not self.structured:
                 raise WireError("a structured reply that was not negotiated")
-            if len(self._buffer) < 20:
+            head = 32 if self.extended else 20
+            if len(self._buffer) < head:
                 return None
-            flags, kind, cookie, length = struct.unpack_from(">HHQI", self._buffer, 4)
-            if len(self._buffer) < 20 + length:
+            flags, kind, cookie = struct.unpack_from(">HHQ", self._buffer, 4)
+            length = int.from_bytes(self._buffer[24:32] if self.extended else self._buffer[16:20], "big")
+            if len(self._buffer) < head + length:
                 return None
-            self._take(20)
             sent = self._find(cookie)
+            if self.extended and int.from_bytes(self._buffer[16:24], "big") != sent.offset:
+                raise WireError("a reply whose offset is not the request's")
+            self._take(head)
             self._chunk(sent, kind, self._take(length))
             sent.reply.chunks += 1
             if flags & ~c.REPLY_FLAG_DONE:
@@ -263,6 +294,8 @@ class ClientCore:
         return self._finish(sent)
 
     def _chunk(self, sent: _Sent, kind: int, data: bytes) -> None:
+        if kind == (c.REPLY_BLOCK_STATUS if self.extended else c.REPLY_BLOCK_STATUS_EXT):
+            raise WireError("a block status chunk of the other framing")
         match kind:
             case c.REPLY_NONE:
                 if data:
@@ -274,7 +307,10 @@ class ClientCore:
                 self._content(sent, offset, bytes(length))
                 sent.reply.holes += length
             case c.REPLY_BLOCK_STATUS:
-                _status(sent, data)
+                _status(sent, struct.unpack(f">{len(data) // 4}I", data))
+            case c.REPLY_BLOCK_STATUS_EXT:
+                number, count = struct.unpack_from(">II", data)
+                _status(sent, (number, *struct.unpack(f">{2 * count}Q", data[8:])))
             case c.REPLY_ERROR:
                 number, length = struct.unpack_from(">IH", data)
                 if length != len(data) - 6:
@@ -321,11 +357,12 @@ def _error(number: int) -> int:
     return number
 
 
-def _status(sent: _Sent, data: bytes) -> None:
-    words = struct.unpack(f">{len(data) // 4}I", data)
+def _status(sent: _Sent, words: Sequence[int]) -> None:
     extents = list(zip(words[1::2], words[2::2], strict=True))
     if sent.command != c.CMD_BLOCK_STATUS or not extents or words[0] in sent.reply.extents:
         raise WireError("a block status that was not asked for, empty or for one context twice")
+    if len(extents) > 1 << 20:
+        raise WireError(f"{len(extents)} extents in one chunk")
     lengths = [length for length, _ in extents]
     if not all(lengths) or sum(lengths[:-1]) >= sent.length:
         raise WireError(f"extents of {lengths} bytes for {sent.length}")
@@ -409,9 +446,14 @@ class WireClient:
         await self.send(option(number, data))
         return await self.answers()
 
-    async def open(self, name: str = "", *, structured: bool = False, contexts: Sequence[str] = ()) -> tuple[int, int]:
+    async def open(
+        self, name: str = "", *, structured: bool = False, extended: bool = False, contexts: Sequence[str] = ()
+    ) -> tuple[int, int]:
         """From the greeting to the transmission phase; returns size and transmission flags."""
         await self.greet()
+        if extended:
+            assert [each.reply for each in await self.option(Option.EXTENDED_HEADERS)] == [OptionReply.ACK]
+            self.core.structured = self.core.extended = True
         if structured:
             assert [each.reply for each in await self.option(Option.STRUCTURED_REPLY)] == [OptionReply.ACK]
             self.core.structured = True
@@ -437,6 +479,15 @@ class WireClient:
         """A request and its reply; no other may be awaited."""
         await self.request(command, offset, length, **rest)
         return await self.reply()
+
+    async def ask_among(self, command: int, offset: int = 0, length: int = 0, **rest: Any) -> Reply:
+        """A request and the next reply, which must be its own; others may be awaited."""
+        awaited = self.core.awaiting
+        await self.request(command, offset, length, **rest)
+        reply = await self.reply()
+        if reply.cookie in awaited:
+            raise WireError(f"a reply to {reply.cookie}, which was asked before")
+        return reply
 
     def abort(self) -> None:
         """Be gone, without a word."""

@@ -88,7 +88,7 @@ def test_flood_of_options_ends_the_connection() -> None:
 # --- options without an export ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [0, Option.PEEK_EXPORT, Option.EXTENDED_HEADERS, 12, 2**32 - 1])
+@pytest.mark.parametrize("number", [0, Option.PEEK_EXPORT, 12, 2**32 - 1])
 @pytest.mark.parametrize("data", [b"", b"some data", bytes(70_000), bytes(300_000)])
 def test_unknown_option_is_refused_and_its_data_skipped(number: int, data: bytes) -> None:
     linked = pair()
@@ -96,7 +96,7 @@ def test_unknown_option_is_refused_and_its_data_skipped(number: int, data: bytes
     still_haggling(linked)
 
 
-@pytest.mark.parametrize("number", [Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY])
+@pytest.mark.parametrize("number", [Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS])
 def test_data_where_none_belongs_is_refused(number: int) -> None:
     linked = pair()
     assert only(linked, option(number, b"x")) == OptionReply.ERR_INVALID
@@ -113,7 +113,7 @@ def test_starttls_without_tls_is_against_the_policy() -> None:
     assert only(pair(), option(Option.STARTTLS)) == OptionReply.ERR_POLICY
 
 
-@pytest.mark.parametrize("data", [b"", b"for no reason"])
+@pytest.mark.parametrize("data", [b"", b"for no reason", bytes(1_000_000)])
 def test_abort_is_acknowledged_and_ends_it(data: bytes) -> None:
     linked = pair()
     assert only(linked, option(Option.ABORT, data)) == OptionReply.ACK
@@ -169,6 +169,18 @@ def test_list_can_be_refused() -> None:
     assert b"".join(connection.data_to_send()) == struct.pack(
         ">QIII2s", c.OPTION_REPLY_MAGIC, Option.LIST, OptionReply.ERR_POLICY, 2, b"no"
     )
+
+
+@pytest.mark.parametrize("asked", [b"", go("disk")])
+def test_refusing_what_was_not_asked_is_a_mistake_of_the_owner(asked: bytes) -> None:
+    connection = ServerConnection()
+    feed(connection, client_flags() + asked)
+    if connection.next_event() is not None:
+        connection.refuse(OptionReply.ERR_UNKNOWN, "no")
+    connection.data_to_send()
+    with pytest.raises(AssertionError, match="was not asked"):
+        connection.refuse(OptionReply.ERR_UNKNOWN, "no")
+    assert connection.data_to_send() == []
 
 
 def feed(connection: ServerConnection, data: bytes) -> None:
@@ -473,3 +485,25 @@ def test_go_and_requests_may_share_a_segment() -> None:
     linked.say(go("disk") + wire.request(c.CMD_READ, 0, 512, cookie=7) + wire.request(c.CMD_DISC))
     assert linked.heard[-2:] == [(c.CMD_READ, 0, 7, 0, 512, None), (c.CMD_DISC, 0, 0, 0, 0, None)]
     assert linked.ended
+
+
+# --- shutting down ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [each for each in Option if each not in (Option.EXPORT_NAME, Option.ABORT)])
+@pytest.mark.parametrize("data", [b"", b"some data", bytes(300_000)])
+def test_options_are_refused_while_the_server_shuts_down(number: Option, data: bytes) -> None:
+    linked = pair()
+    linked.server.shut_down()
+    assert only(linked, option(number, data)) == OptionReply.ERR_SHUTDOWN
+    assert linked.heard == []
+    assert not linked.server.structured
+    assert only(linked, option(Option.ABORT)) == OptionReply.ACK
+    assert linked.ended
+
+
+def test_export_name_ends_the_connection_while_the_server_shuts_down() -> None:
+    linked = pair()
+    linked.server.shut_down()
+    with pytest.raises(ProtocolError, match="shutting down"):
+        linked.say(option(Option.EXPORT_NAME, b"disk"))

@@ -137,16 +137,31 @@ def test_payload_is_received_to_its_own_end_only() -> None:
     assert receiver.finish_payload() is None
 
 
-def test_after_a_big_payload_little_is_read_ahead_until_small_requests_come() -> None:
+def big_payload(receiver: Receiver) -> None:
+    receiver.begin_payload(100_000)
+    while receiver.finish_payload() is None:
+        receiver.buffer_updated(len(receiver.get_buffer()))
+
+
+def test_after_a_big_payload_little_is_read_ahead() -> None:
     receiver = Receiver()
     receiver.need(WINDOW_MAX)
     assert len(receiver.get_buffer()) == WINDOW_MAX
-    receiver.begin_payload(100_000)
-    receiver.buffer_updated(100_000)
-    receiver.finish_payload()
-    assert len(receiver.get_buffer()) == WINDOW_AFTER_BIG
-    receiver.small_request_seen()
-    assert len(receiver.get_buffer()) == WINDOW_MAX
+    for _ in range(3):
+        big_payload(receiver)
+        assert len(receiver.get_buffer()) == WINDOW_AFTER_BIG
+        arrive(receiver, bytes(1000))  # a header, and the begin of the next payload
+
+
+def test_when_no_other_big_payload_follows_all_of_the_window_is_used_again() -> None:
+    receiver = Receiver()
+    receiver.need(WINDOW_MAX)
+    receiver.get_buffer()
+    big_payload(receiver)
+    for expected in (WINDOW_AFTER_BIG, WINDOW_AFTER_BIG, WINDOW_MAX, WINDOW_MAX):
+        assert len(receiver.get_buffer()) == expected
+        arrive(receiver, bytes(28))
+        receiver.consume(28)
 
 
 @pytest.mark.parametrize("held", [0, 3, 10, 15])

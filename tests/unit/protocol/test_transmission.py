@@ -308,7 +308,8 @@ def refused(
     info: ExportInfo = export("", SIZE),  # noqa: B008
     structured: bool = True,
 ) -> int:
-    refusal = refusal_of(Request(command, flags, 0, offset, length), info, structured=structured)
+    payload = memoryview(b"") if command == c.CMD_WRITE else None  # only whether there is one matters
+    refusal = refusal_of(Request(command, flags, 0, offset, length, payload), info, structured=structured)
     assert refusal is None or refusal.message
     return 0 if refusal is None else refusal.error
 
@@ -323,6 +324,35 @@ def test_flags_that_a_command_takes(command: int, bit: int) -> None:
 def test_df_needs_structured_replies() -> None:
     assert refused(c.CMD_READ, flags=c.DF, structured=True) == 0
     assert refused(c.CMD_READ, flags=c.DF, structured=False) == c.EINVAL
+
+
+NOT_OFFERED = [
+    (c.CMD_READ, c.DF, c.TFLAG_SEND_DF),
+    (c.CMD_READ, c.FUA, c.TFLAG_SEND_FUA),
+    (c.CMD_WRITE, c.FUA, c.TFLAG_SEND_FUA),
+    (c.CMD_FLUSH, 0, c.TFLAG_SEND_FLUSH),
+    (c.CMD_TRIM, 0, c.TFLAG_SEND_TRIM),
+    (c.CMD_CACHE, 0, c.TFLAG_SEND_CACHE),
+    (c.CMD_WRITE_ZEROES, 0, c.TFLAG_SEND_WRITE_ZEROES),
+    (c.CMD_WRITE_ZEROES, c.FAST_ZERO, c.TFLAG_SEND_FAST_ZERO),
+]
+
+
+@pytest.mark.parametrize(("command", "flags", "bit"), NOT_OFFERED)
+def test_what_is_not_offered_is_refused(command: int, flags: int, bit: int) -> None:
+    assert refused(command, flags=flags, info=export("", SIZE)) == 0
+    assert refused(command, flags=flags, info=export("", SIZE, ALL_FLAGS & ~bit)) == c.EINVAL
+
+
+@pytest.mark.parametrize(("command", "flags"), [(c.CMD_TRIM, 0), (c.CMD_WRITE_ZEROES, c.FAST_ZERO), (c.CMD_WRITE, c.FUA)])
+def test_a_read_only_export_says_that_it_is(command: int, flags: int) -> None:
+    """It offers none of these, but the client should hear the reason."""
+    assert refused(command, flags=flags, info=export("", SIZE, c.TFLAG_HAS_FLAGS | c.TFLAG_READ_ONLY)) == c.EPERM
+
+
+def test_a_write_without_its_payload_is_refused() -> None:
+    refusal = refusal_of(Request(c.CMD_WRITE, 0, 0, 0, 512), export("", SIZE), structured=True)
+    assert refusal == Refusal(c.EINVAL, "a WRITE without a payload")
 
 
 @pytest.mark.parametrize("command", [8, 9, 100, 65535])
