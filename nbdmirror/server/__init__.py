@@ -1,1 +1,4 @@
-"""The NBD server: `listener` accepts, `session` joins a socket to the protocol core, `export` answers from a disk."""
+"""The NBD server: `listener` accepts, `session` joins a socket to the protocol core, `export` answers from a disk.
+
+`tls` makes the context of encrypted sessions, `access` says who may have one.
+"""
