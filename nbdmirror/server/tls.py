@@ -129,7 +129,7 @@ def reason_of(error: OSError) -> str:
         return error.verify_message
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.lower().replace("_", " ")
-    return error.strerror or str(error) or type(error).__name__
+    return error.strerror or str(error) or "the client hung up"  # the loops' ConnectionResetError says nothing
 
 
 def _context() -> ssl.SSLContext:
