@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -31,11 +31,14 @@ from nbdmirror.devices.open import open_device
 from nbdmirror.devices.uri import NbdEndpoint
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
 from nbdmirror.inventory import Inventory, Node
+from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
+from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener
+from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
 
 _log: Final = logging.getLogger(__name__)
 
@@ -62,6 +65,12 @@ class ServeOptions:
     run: str | None = None
     ready_fd: int | None = None
     pid_file: str | None = None
+    tls: TlsMode | None = None
+    tls_certificates: str | None = None
+    tls_verify_peer: bool = False
+    tls_psk: str | None = None
+    allow_ip: tuple[str, ...] = ()
+    allow_dn: tuple[str, ...] = ()
 
 
 async def serve(options: ServeOptions) -> int:
@@ -77,6 +86,8 @@ class Daemon:
 
     def __init__(self, options: ServeOptions) -> None:
         self._options = options
+        self._access = access_of(options)
+        self._tls = tls_of(options)
         self._inventory = Inventory()
         self._registry = Registry(QMP_VERSION)
         self._monitor = Monitor(self._registry)
@@ -128,11 +139,12 @@ class Daemon:
 
     def _check_bind(self) -> None:
         options = self._options
-        if options.port is None or options.insecure or _is_loopback(options.bind):
+        required = self._tls.mode is TlsMode.REQUIRE
+        if options.port is None or options.insecure or required or _is_loopback(options.bind):
             return
         raise UsageError(
             f"serving on {options.bind} without TLS lets anybody on the network read and write the disk; "
-            "bind to 127.0.0.1, or add --insecure if the network is yours alone"
+            "bind to 127.0.0.1, require TLS with --tls-certificates, or add --insecure if the network is yours alone"
         )
 
     def _check_ready_fd(self) -> None:
@@ -147,17 +159,19 @@ class Daemon:
 
     def _listener(self) -> Listener:
         options = self._options
-        exports, limit = self._inventory.exports, options.max_clients
+        exports, limit, tls = self._inventory.exports, options.max_clients, self._tls
         if options.socket_path is not None:
-            return Listener.unix(options.socket_path, exports, max_clients=limit)
+            return Listener.unix(options.socket_path, exports, max_clients=limit, tls=tls)
         assert options.port is not None, "the command line sees to it that there is a socket or a port"
-        return Listener.tcp(options.bind, options.port, exports, max_clients=limit)
+        return Listener.tcp(options.bind, options.port, exports, max_clients=limit, tls=tls, access=self._access)
 
     def _endpoint_of(self, listener: Listener) -> NbdEndpoint:
         address, name = listener.address, self._options.export_name
         if isinstance(address, str):
-            return NbdEndpoint.unix(str(Path(address).absolute()), name)
-        return NbdEndpoint.tcp(*address, name)
+            endpoint = NbdEndpoint.unix(str(Path(address).absolute()), name)
+        else:
+            endpoint = NbdEndpoint.tcp(*address, name)
+        return replace(endpoint, tls=self._tls.mode is TlsMode.REQUIRE)
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -216,11 +230,40 @@ class Daemon:
         for node in self._inventory.nodes.values():
             try:
                 if not node.is_read_only:
-                    await node.disk.flush()
-            except DeviceError as error:
-                _log.error("%s", error)
+                    async with asyncio.timeout(_JOIN_SECONDS):
+                        await node.disk.flush()
+            except (DeviceError, TimeoutError) as error:
+                _log.error("what was written last may not be durable: %s", error or f"{node.disk.name} does not answer")
                 self._exit_status = self._exit_status or 1
             await node.disk.aclose()
+
+
+def tls_of(options: ServeOptions) -> Tls:
+    """How to speak TLS, if at all. Who names certificates or keys wants TLS required, unless they say otherwise."""
+    has_identity = options.tls_certificates is not None or options.tls_psk is not None
+    mode = options.tls or (TlsMode.REQUIRE if has_identity else TlsMode.OFF)
+    if options.tls_certificates is not None and options.tls_psk is not None:
+        raise UsageError("--tls-certificates and --tls-psk exclude each other")
+    if mode is TlsMode.OFF and has_identity:
+        raise UsageError("--tls off contradicts --tls-certificates and --tls-psk; leave one of them out")
+    if mode is not TlsMode.OFF and not has_identity:
+        raise UsageError(f"--tls {mode.value} needs --tls-certificates DIR or --tls-psk FILE")
+    if options.tls_verify_peer and options.tls_certificates is None:
+        raise UsageError("--tls-verify-peer verifies certificates: it needs --tls-certificates DIR")
+    if options.tls_certificates is not None:
+        return Tls(mode, certificate_context(options.tls_certificates, verify_peer=options.tls_verify_peer))
+    return NO_TLS if options.tls_psk is None else Tls(mode, psk_context(options.tls_psk))
+
+
+def access_of(options: ServeOptions) -> Access:
+    """Who may connect. What would let somebody past a list is refused."""
+    if options.allow_ip and options.port is None:
+        raise UsageError("--allow-ip goes with TCP: clients of a Unix socket have no address")
+    if options.allow_dn and not options.tls_verify_peer:
+        raise UsageError("--allow-dn looks at clients' certificates: it needs --tls-verify-peer")
+    if options.allow_dn and options.tls is TlsMode.ON:
+        raise UsageError("--allow-dn needs --tls require: with --tls on, clients may come without a certificate")
+    return Access(tuple(map(parse_network, options.allow_ip)), options.allow_dn)
 
 
 def _driver_of(disk: object) -> str:

@@ -27,7 +27,8 @@ from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.devices.uri import looks_like_uri
 from nbdmirror.errors import DeviceError, NbdMirrorError, StateError
 from nbdmirror.mirror.copier import CopyOptions
-from nbdmirror.mirror.job import MirrorJob, MirrorOptions
+from nbdmirror.mirror.job import MirrorJob
+from nbdmirror.mirror.options import MirrorOptions
 
 if TYPE_CHECKING:
     from nbdmirror.devices.base import BlockDevice

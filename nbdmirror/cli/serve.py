@@ -9,6 +9,7 @@ import uvloop
 
 from nbdmirror.daemon import ServeOptions
 from nbdmirror.daemon import serve as run_daemon
+from nbdmirror.protocol.constants import TlsMode
 
 DEFAULT_PORT: Final = 10809
 
@@ -18,7 +19,17 @@ DEFAULT_PORT: Final = 10809
 @click.option("-k", "--socket", "--unix", "socket_path", metavar="PATH", help="Listen on a Unix socket.")
 @click.option("-p", "--port", type=click.IntRange(0, 65535), help="Listen on TCP; 0 lets the kernel choose.  [default: 10809]")
 @click.option("-b", "--bind", "--ipaddr", default="127.0.0.1", show_default=True, metavar="ADDR", help="The TCP address.")
-@click.option("--insecure", is_flag=True, help="Serve other hosts without TLS.")
+@click.option("--insecure", is_flag=True, help="Serve other hosts though TLS is not required.")
+@click.option(
+    "--tls",
+    type=click.Choice([mode.value for mode in TlsMode]),
+    help="Whether clients may or must use TLS.  [default: require with certificates or keys, else off]",
+)
+@click.option("--tls-certificates", metavar="DIR", help="Where server-cert.pem, server-key.pem, ca-cert.pem, ca-crl.pem are.")
+@click.option("--tls-verify-peer", is_flag=True, help="Clients need a certificate signed by ca-cert.pem.")
+@click.option("--tls-psk", metavar="FILE", help="Pre-shared keys, USER:HEXKEY a line, instead of certificates (Python 3.13).")
+@click.option("--allow-ip", multiple=True, metavar="CIDR", help="Serve clients from that network only; repeatable.")
+@click.option("--allow-dn", multiple=True, metavar="PATTERN", help="Serve certificates for CN=...,O=... only; repeatable.")
 @click.option("-x", "--export-name", default="", metavar="NAME", help='The export\'s name.  [default: ""]')
 @click.option("-D", "--description", default="", metavar="TEXT", help="What clients are told of the export.")
 @click.option("-r", "--read-only", is_flag=True, help="Refuse writes.")
@@ -37,6 +48,12 @@ def serve(
     port: int | None,
     bind: str,
     insecure: bool,
+    tls: str | None,
+    tls_certificates: str | None,
+    tls_verify_peer: bool,
+    tls_psk: str | None,
+    allow_ip: tuple[str, ...],
+    allow_dn: tuple[str, ...],
     export_name: str,
     description: str,
     read_only: bool,
@@ -74,6 +91,12 @@ def serve(
         run=run,
         ready_fd=ready_fd,
         pid_file=pid_file,
+        tls=None if tls is None else TlsMode(tls),
+        tls_certificates=tls_certificates,
+        tls_verify_peer=tls_verify_peer,
+        tls_psk=tls_psk,
+        allow_ip=allow_ip,
+        allow_dn=allow_dn,
     )
     return uvloop.run(run_daemon(options))
 

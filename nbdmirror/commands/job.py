@@ -15,7 +15,8 @@ from nbdmirror.errors import NbdMirrorError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.jobs.job import Emit, Job
 from nbdmirror.mirror.copier import DEFAULT_REQUEST_SIZE, DEFAULT_REQUESTS, CopyOptions
-from nbdmirror.mirror.job import DEFAULT_GRANULARITY, MirrorJob, MirrorOptions
+from nbdmirror.mirror.job import MirrorJob
+from nbdmirror.mirror.options import DEFAULT_GRANULARITY, MirrorOptions
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import NonNegative, Positive, UInt32
 

@@ -97,7 +97,9 @@ async def wait_for_fd(loop: asyncio.AbstractEventLoop, fd: int, direction: int) 
 def connect_failure(error: LibnbdError, name: str) -> DeviceError:
     """libnbd's message without its own names in front and the errno's text behind, which DeviceError adds."""
     number = error.errnum or (errno.ECONNRESET if "disconnected" in error.string else errno.EPROTO)
-    detail = re.sub(r"^nbd_\w+: |handshake: ", "", error.string).removesuffix(f": {os.strerror(number)}")
+    detail = re.sub(r"^nbd_\w+: |(gnutls_)?handshake: ", "", error.string).removesuffix(f": {os.strerror(number)}")
+    if "certificate verification" in detail:  # GnuTLS does not say why
+        detail = "its certificate has expired, is for another host, or is not signed by the ca-cert.pem that was given"
     context = f"cannot connect to {name}"
     # Where the connect call itself failed, the errno says it all.
     return DeviceError(number, context if detail.startswith("connect") else f"{context} ({detail})")

@@ -17,7 +17,6 @@ import logging
 import time
 from collections import deque
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from nbdmirror.bitmap.dirty import DirtyBitmap
@@ -27,12 +26,13 @@ from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.extents import ExtentList
 from nbdmirror.jobs.job import Cancelled, Job
 from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
-from nbdmirror.mirror.copier import Copier, CopyFailed, CopyOptions
+from nbdmirror.mirror import pace
+from nbdmirror.mirror.copier import Copier, CopyFailed
 from nbdmirror.mirror.plan import Unit, plan
 from nbdmirror.mirror.progress import Progress
 from nbdmirror.mirror.throttle import Throttle
 from nbdmirror.mirror.zero_map import ZeroMap
-from nbdmirror.units import GiB, KiB, MiB, round_up
+from nbdmirror.units import GiB, KiB
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -40,55 +40,18 @@ if TYPE_CHECKING:
     from nbdmirror.devices.base import BlockDevice
     from nbdmirror.devices.tracked import TrackedDevice
     from nbdmirror.jobs.job import Emit
+    from nbdmirror.mirror.options import MirrorOptions
 
 _log: Final = logging.getLogger(__name__)
 
-DEFAULT_GRANULARITY: Final = 64 * KiB
-MIN_GRANULARITY: Final = 512
-MAX_GRANULARITY: Final = 64 * MiB
 # What one question for block status covers: long holes are one answer, and what is planned is still fresh when begun.
 _RUN: Final = GiB
 # A run shorter than this is copied without asking: reading a chunk and looking for zeroes costs less than the answer of a
 # thread, for which all other copying waits. With asking, a guest that rewrote chunks at random was caught up with at a third of
 # the rate.
 _WORTH_ASKING: Final = 512 * KiB
-# How long a READY job lets writes gather before it copies them: a rewritten chunk is copied ten times a second at most.
-_GATHER_SECONDS: Final = 0.1
-# Draining is short when no more than this is left; 16 MiB travel in 10 to 20 ms on loopback.
-_SMALL: Final = 16 * MiB
-# A pass that leaves more than this share of what the pass before it left does not converge.
-_SHRINKING: Final = 0.75
-# Holding a guest back: so long at a time, released so long in between, and only when this much copying is left in all.
-HOLD_SECONDS: Final = 0.1
-_RELEASE_SECONDS: Final = 0.01
-_CLOSE_IN_SECONDS: Final = 5.0
-_CLOSE_IN_TURNS: Final = 60
-# Turns after which less than this share must be left, or holding the guest is given up for this pass.
-_CLOSE_IN_CHECK: Final = 5
-_CLOSING_IN: Final = 0.9
 # How long a job that ends waits for requests to a target that does not answer.
 _ABANDON_SECONDS: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class MirrorOptions:
-    """How to mirror. `granularity` in bytes; `sync` says what is dirty at the start.
-
-    Without `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
-    """
-
-    sync: Literal["full", "top", "none"] = "full"
-    granularity: int = DEFAULT_GRANULARITY
-    target_is_zero: bool = False
-    flush: bool = True
-    larger_target: bool = False
-    copy: CopyOptions = field(default_factory=CopyOptions)
-
-    def __post_init__(self) -> None:
-        if not MIN_GRANULARITY <= self.granularity <= MAX_GRANULARITY:
-            raise StateError("Parameter 'granularity' expects a value in range [512B, 64MB]")
-        if self.granularity & (self.granularity - 1):
-            raise StateError("Parameter 'granularity' expects a power of 2")
 
 
 class MirrorJob(Job):
@@ -139,7 +102,7 @@ class MirrorJob(Job):
     async def run(self) -> None:
         """See Job."""
         try:
-            self._check_sizes()
+            self.options.check_sizes(self.source.size, self.target.size)
             await self._prepare()
             await self._converge()
             await self._flush_target()
@@ -151,12 +114,6 @@ class MirrorJob(Job):
         finally:
             await self.quiesce()  # until then what is copied and written still counts
             self.source.forget(self._recorder)
-
-    def _check_sizes(self) -> None:
-        """A server may round an export up to whole sectors; anything else that differs is a mistake, or asked for."""
-        source, target = self.source.size, self.target.size
-        if not source <= target or (target > round_up(source, 512) and not self.options.larger_target):
-            raise StateError("Source and target image have different sizes")
 
     async def _prepare(self) -> None:
         if self.options.sync != "none":
@@ -175,27 +132,27 @@ class MirrorJob(Job):
         while True:
             started, before = time.monotonic(), self.counters.offset
             if not await self._sweep(budget=left):
-                await self.nap(_RELEASE_SECONDS)  # all that is dirty is being written just now
+                await self.nap(pace.RELEASE_SECONDS)  # all that is dirty is being written just now
             if self.state.is_synced:
                 return
             rate = (self.counters.offset - before) / max(time.monotonic() - started, 1e-6)
             was_left, left = left, self.state.remaining_bytes
-            worth_it = not self.speed and left > was_left * _SHRINKING and left <= rate * _CLOSE_IN_SECONDS
+            worth_it = not self.speed and left > was_left * pace.SHRINKING and left <= rate * pace.CLOSE_IN_SECONDS
             if worth_it and await self._close_in():
                 return
 
     async def _close_in(self) -> bool:
         """Hold the guest's writes for short turns. True once nothing is left, False if the turns get nowhere."""
         left = self.state.remaining_bytes
-        for turn in range(_CLOSE_IN_TURNS):
+        for turn in range(pace.CLOSE_IN_TURNS):
             async with self._guest_held():
-                await self._sweep(deadline=time.monotonic() + HOLD_SECONDS)
+                await self._sweep(deadline=time.monotonic() + pace.HOLD_SECONDS)
                 if self.state.is_synced:
                     return True
-            await self.nap(_RELEASE_SECONDS)
-            if turn % _CLOSE_IN_CHECK == _CLOSE_IN_CHECK - 1:
+            await self.nap(pace.RELEASE_SECONDS)
+            if turn % pace.CLOSE_IN_CHECK == pace.CLOSE_IN_CHECK - 1:
                 was_left, left = left, self.state.remaining_bytes
-                if left > was_left * _CLOSING_IN:
+                if left > was_left * pace.CLOSING_IN:
                     return False
         return False
 
@@ -208,7 +165,7 @@ class MirrorJob(Job):
                 await self._woken()
                 self._waiting_for_write = False
             if not self._ending:
-                await self.nap(_GATHER_SECONDS)
+                await self.nap(pace.GATHER_SECONDS)
             await self.pause_point()
 
     async def _finish(self) -> None:
@@ -229,10 +186,10 @@ class MirrorJob(Job):
     async def _shrink(self) -> None:
         """Before draining: passes for as long as they make what is left smaller, so that the drain is short."""
         left = self.state.remaining_bytes
-        while left > _SMALL:
+        while left > pace.SMALL:
             await self._sweep(budget=left)
             was_left, left = left, self.state.remaining_bytes
-            if left > was_left * _SHRINKING:
+            if left > was_left * pace.SHRINKING:
                 return
 
     @asynccontextmanager
@@ -284,7 +241,7 @@ class MirrorJob(Job):
                     self._launch(unit)
             elif self._tasks and deadline is None:
                 await self._woken()
-            elif self._tasks and deadline is not None and (left := deadline + HOLD_SECONDS - time.monotonic()) > 0:
+            elif self._tasks and deadline is not None and (left := deadline + pace.HOLD_SECONDS - time.monotonic()) > 0:
                 await self.nap(left)
             else:
                 self._give_back_planned()
@@ -438,12 +395,5 @@ class MirrorJob(Job):
 
     def statistics(self) -> dict[str, Any]:
         """Counters in bytes, for people and scripts."""
-        counters = self.counters
-        return {
-            "x-bytes-read": counters.read,
-            "x-bytes-sent": counters.sent,
-            "x-bytes-zeroed": counters.zeroed,
-            "x-bytes-skipped": counters.skipped,
-            "x-dirty-bytes": self.state.dirty.dirty_bytes,
-            "x-in-flight": len(self._tasks),
-        }
+        now = {"x-dirty-bytes": self.state.dirty.dirty_bytes, "x-in-flight": len(self._tasks)}
+        return {**self.counters.statistics(), **now}

@@ -20,6 +20,15 @@ class Progress:
     zeroed: int = 0
     skipped: int = 0
 
+    def statistics(self) -> dict[str, int]:
+        """The counters by the names that QMP clients see."""
+        return {
+            "x-bytes-read": self.read,
+            "x-bytes-sent": self.sent,
+            "x-bytes-zeroed": self.zeroed,
+            "x-bytes-skipped": self.skipped,
+        }
+
     def total(self, remaining: int) -> int:
         """`len`: what was done and what remains."""
         return self.offset + remaining

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.protocol.handshake import Handshake
 from nbdmirror.protocol.messages import HandshakeEvent, Opened
 from nbdmirror.protocol.receiver import Receiver
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 class ServerConnection:
     """The state of one client's connection."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: TlsMode = TlsMode.OFF) -> None:
         self._receiver = Receiver()
-        self._handshake = Handshake(self._receiver)
+        self._handshake = Handshake(self._receiver, tls)
         self._transmission: Transmission | None = None
         self._replies: Replies | None = None
         self.get_buffer = self._receiver.get_buffer
@@ -81,6 +82,10 @@ class ServerConnection:
     def refuse(self, reply: OptionReply, message: str) -> None:
         """Answer any query with an error; raises ProtocolError where only hanging up can say it."""
         self._handshake.refuse(reply, message)
+
+    def tls_started(self) -> None:
+        """Answer StartTls: the TLS handshake is over, and what arrives was encrypted."""
+        self._handshake.tls_started()
 
     def list_exports(self, exports: Sequence[tuple[str, str]]) -> None:
         """Answer a ListQuery with (name, description) pairs."""

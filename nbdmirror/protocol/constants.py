@@ -6,7 +6,7 @@ and enums serve only where a name is wanted in a log line.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Final
 
 # Section "Newstyle negotiation"
@@ -51,6 +51,14 @@ class OptionReply(IntEnum):
     ERR_BLOCK_SIZE_REQD = (1 << 31) + 8
     ERR_TOO_BIG = (1 << 31) + 9
     ERR_EXT_HEADER_REQD = (1 << 31) + 10
+
+
+class TlsMode(Enum):
+    """Sections "TLS versions" and "Server-side requirements": NOTLS, SELECTIVETLS with no export that insists, FORCEDTLS."""
+
+    OFF = "off"
+    ON = "on"
+    REQUIRE = "require"
 
 
 class Info(IntEnum):

@@ -1,6 +1,6 @@
 """The haggling: fixed newstyle negotiation, from the greeting to the export that was agreed on.
 
-Source: NBD protocol, sections "Fixed newstyle negotiation", "Option types" and "Metadata querying".
+Source: NBD protocol, sections "Fixed newstyle negotiation", "Option types", "Metadata querying" and "TLS support".
 
 Rules:
 1. An option that is unknown or malformed is answered with an error and its data is skipped: haggling goes on. Only what
@@ -14,6 +14,10 @@ Rules:
 5. Extended headers include what structured replies give. Once they are agreed on there is no way back to structured replies,
    nor by EXPORT_NAME, whose reply could not say so.
 6. After `shut_down` every option but ABORT is answered with ERR_SHUTDOWN.
+7. Nothing that was negotiated in clear text survives STARTTLS, and clear text behind it is never looked at: somebody on the way
+   may have put either there. A client has to wait for the answer, so bytes that are there already end the connection.
+8. Where TLS is required, nothing is looked at or told before it, not even whether an option is known. After it, or where
+   there is none, TLS is never asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdmirror.errors import ProtocolError
 from nbdmirror.protocol import constants as c
-from nbdmirror.protocol.constants import Info, Option, OptionReply
+from nbdmirror.protocol.constants import Info, Option, OptionReply, TlsMode
 from nbdmirror.protocol.messages import (
     Disconnected,
     ExportInfo,
@@ -32,6 +36,7 @@ from nbdmirror.protocol.messages import (
     ListQuery,
     MetaContextQuery,
     Opened,
+    StartTls,
     option_reply,
     wire_text,
 )
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 
     from nbdmirror.protocol.receiver import Receiver
 
-Q = TypeVar("Q", ExportQuery, ListQuery, MetaContextQuery)
+Q = TypeVar("Q", ExportQuery, ListQuery, MetaContextQuery, StartTls)
 
 _OPTION_HEAD: Final = struct.Struct(">QII")
 _MAX_OPTIONS: Final = 4096
@@ -101,20 +106,23 @@ def decode_string(raw: bytes) -> str:
 class Handshake:
     """One connection's haggling: `events` parses, the answering methods fill `out`."""
 
-    def __init__(self, receiver: Receiver) -> None:
+    def __init__(self, receiver: Receiver, tls: TlsMode = TlsMode.OFF) -> None:
         self.out: list[bytes | bytearray | memoryview] = [
             struct.pack(">QQH", c.NBDMAGIC, c.IHAVEOPT, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
         ]
         self._receiver = receiver
+        self._tls = tls
+        self._is_encrypted = False
         self._greeted = False
         self._shutting_down = False
+        self._is_fixed = False
         self._no_zeroes = False
         self._structured = False
         self._extended = False
         self._options_seen = 0
         self._selected_for = ""
         self._contexts: dict[int, str] = {}
-        self._question: ExportQuery | ListQuery | MetaContextQuery | None = None
+        self._question: ExportQuery | ListQuery | MetaContextQuery | StartTls | None = None
         self._wanted_infos: tuple[int, ...] = ()
         self._opened: Opened | None = None
         self._handlers: dict[int, Callable[[bytes], HandshakeEvent | None]] = {
@@ -154,6 +162,9 @@ class Handshake:
         if flags & ~(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES):
             raise ProtocolError(f"the client sent unknown flags {flags:#x}")
         self._no_zeroes = bool(flags & c.FLAG_NO_ZEROES)
+        self._is_fixed = bool(flags & c.FLAG_FIXED_NEWSTYLE)
+        if self._needs_tls and not self._is_fixed:
+            raise ProtocolError("the client is too old for TLS, which is required here")
         self._greeted = True
         return True
 
@@ -182,6 +193,11 @@ class Handshake:
         return option, data
 
     def _dispatch(self, option: int, data: bytes | None) -> HandshakeEvent | None:
+        if self._needs_tls and option not in (Option.STARTTLS, Option.ABORT):
+            if option == Option.EXPORT_NAME:
+                raise ProtocolError("the client asked for an export without TLS, which is required here")
+            self.out.append(option_reply(option, OptionReply.ERR_TLS_REQD, b"TLS is required: STARTTLS first"))
+            return None
         if option == Option.EXPORT_NAME:
             return self._on_export_name(data)
         if option == Option.ABORT:
@@ -226,10 +242,19 @@ class Handshake:
             raise _OptionError(OptionReply.ERR_INVALID, "LIST takes no data")
         return self._ask(ListQuery())
 
-    def _on_starttls(self, data: bytes) -> None:
+    def _on_starttls(self, data: bytes) -> HandshakeEvent:
         if data:
             raise _OptionError(OptionReply.ERR_INVALID, "STARTTLS takes no data")
-        raise _OptionError(OptionReply.ERR_POLICY, "TLS not configured")
+        if self._is_encrypted:
+            raise _OptionError(OptionReply.ERR_INVALID, "TLS is in use already")
+        if self._tls is TlsMode.OFF:
+            raise _OptionError(OptionReply.ERR_POLICY, "TLS not configured")
+        if not self._is_fixed:
+            raise _OptionError(OptionReply.ERR_POLICY, "TLS goes with fixed newstyle negotiation")
+        if self._receiver.available:
+            raise ProtocolError(f"the client sent {self._receiver.available} bytes in clear text behind STARTTLS")  # rule 7
+        self._ack(Option.STARTTLS)
+        return self._ask(StartTls())
 
     def _on_structured_reply(self, data: bytes) -> None:
         if data:
@@ -301,6 +326,14 @@ class Handshake:
         else:
             self.out.append(option_reply(Option.LIST, reply, wire_text(message)))
 
+    def tls_started(self) -> None:
+        """The TLS handshake is over. Haggling begins anew (rule 7), but for the greeting and the client's flags."""
+        self._answered(StartTls)
+        self._is_encrypted = True
+        self._structured = self._extended = False
+        self._selected_for = ""
+        self._contexts = {}
+
     def list_exports(self, exports: Sequence[tuple[str, str]]) -> None:
         """Answer the pending ListQuery with (name, description) of each export."""
         self._answered(ListQuery)
@@ -324,6 +357,10 @@ class Handshake:
         self._ack(query.option)
 
     # --- helpers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _needs_tls(self) -> bool:
+        return self._tls is TlsMode.REQUIRE and not self._is_encrypted
 
     def _ask(self, question: Q) -> Q:
         self._question = question

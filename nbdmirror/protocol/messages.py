@@ -104,7 +104,15 @@ class Disconnected:
     """The client said goodbye (ABORT or DISC): finish what it was promised, send what is left, close."""
 
 
-HandshakeEvent = ExportQuery | ListQuery | MetaContextQuery | Opened | Disconnected
+@dataclass(frozen=True, slots=True)
+class StartTls:
+    """The client has been told to begin its TLS handshake: send what is queued, then answer with `tls_started`.
+
+    What arrives from here on is for the TLS layer; only what that has decrypted goes to the connection.
+    """
+
+
+HandshakeEvent = ExportQuery | ListQuery | MetaContextQuery | StartTls | Opened | Disconnected
 
 
 @dataclass(frozen=True, slots=True)

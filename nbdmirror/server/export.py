@@ -138,6 +138,10 @@ class ReadBuffers:
         self._waiting += self._lent
         self._lent.clear()
 
+    def let_go(self) -> None:
+        """What was taken will be read from for an unknown time: it is not used again."""
+        self._lent.clear()
+
     def all_sent(self) -> None:
         """Nothing that was handed over is being read from any more."""
         room = _SPARE_BYTES // (self._length or 1) - len(self._spare)

@@ -13,13 +13,17 @@ import logging
 import socket
 from typing import TYPE_CHECKING, Final
 
+from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
+from nbdmirror.server.tls import NO_TLS
 from nbdmirror.sockets import listen_tcp, listen_unix, remove_unix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nbdmirror.server.access import Access
     from nbdmirror.server.export import Export
+    from nbdmirror.server.tls import Tls
 
 _log: Final = logging.getLogger(__name__)
 _CLOSE_SECONDS: Final = 30.0
@@ -37,24 +41,37 @@ class Listener:
         *,
         max_clients: int = 0,
         farewell: float = _FAREWELL_SECONDS,
+        tls: Tls = NO_TLS,
+        access: Access = EVERYBODY,
     ) -> None:
         self._sock = sock
         self._exports = exports
         self._max_clients = max_clients
         self._farewell = farewell
+        self._tls = tls
+        self._access = access
         self._sessions: set[Session] = set()
         self._server: asyncio.Server | None = None
         self._path = sock.getsockname() if sock.family == socket.AF_UNIX else None
 
     @classmethod
-    def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0) -> Listener:
+    def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0, tls: Tls = NO_TLS) -> Listener:
         """Listen on a Unix socket."""
-        return cls(listen_unix(path), exports, max_clients=max_clients)
+        return cls(listen_unix(path), exports, max_clients=max_clients, tls=tls)
 
     @classmethod
-    def tcp(cls, host: str, port: int, exports: Mapping[str, Export], *, max_clients: int = 0) -> Listener:
+    def tcp(
+        cls,
+        host: str,
+        port: int,
+        exports: Mapping[str, Export],
+        *,
+        max_clients: int = 0,
+        tls: Tls = NO_TLS,
+        access: Access = EVERYBODY,
+    ) -> Listener:
         """Listen on TCP."""
-        return cls(listen_tcp(host, port), exports, max_clients=max_clients)
+        return cls(listen_tcp(host, port), exports, max_clients=max_clients, tls=tls, access=access)
 
     @property
     def address(self) -> tuple[str, int] | str:
@@ -74,7 +91,7 @@ class Listener:
         if self._max_clients and len(self._sessions) >= self._max_clients:
             _log.warning("a client was refused: %d are connected already, which is the limit", len(self._sessions))
             return _Refused()
-        session = Session(self._exports, self._sessions.discard)
+        session = Session(self._exports, self._sessions.discard, self._tls, self._access)
         self._sessions.add(session)
         return session
 

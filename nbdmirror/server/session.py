@@ -11,6 +11,8 @@ Rules:
    options with ERR_SHUTDOWN, until the client or `hang_up` ends it.
 5. The peer's faults end its own connection with one log line; a fault of ours does, too, with a traceback. Other clients
    notice neither.
+6. TLS is the transport's business. From STARTTLS until its handshake has ended nothing is parsed or sent here, and afterwards
+   nothing ever goes straight to the socket.
 """
 
 from __future__ import annotations
@@ -31,16 +33,21 @@ from nbdmirror.protocol.messages import (
     Opened,
     Refusal,
     Request,
+    StartTls,
 )
 from nbdmirror.protocol.receiver import IN_WINDOW
+from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.export import OpenExport
+from nbdmirror.server.tls import NO_TLS, reason_of, start_tls, subject_of
 from nbdmirror.sockets import widen_unix_send_buffer
 from nbdmirror.units import KiB, MiB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from nbdmirror.server.access import Access
     from nbdmirror.server.export import Export
+    from nbdmirror.server.tls import Tls
 
 _log: Final = logging.getLogger(__name__)
 
@@ -60,10 +67,20 @@ _TOO_LATE: Final = Refusal(ESHUTDOWN, "the server is shutting down")
 class Session(asyncio.BufferedProtocol):
     """One client. `exports` is looked at when the client asks for a name; `on_closed` is called once at the end."""
 
-    def __init__(self, exports: Mapping[str, Export], on_closed: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        exports: Mapping[str, Export],
+        on_closed: Callable[[Session], None],
+        tls: Tls = NO_TLS,
+        access: Access = EVERYBODY,
+    ) -> None:
         self._exports = exports
         self._on_closed = on_closed
-        self._connection = ServerConnection()
+        self._tls = tls
+        self._access = access
+        self._connection = ServerConnection(tls.mode)
+        self._upgrade: asyncio.Task[asyncio.Transport] | None = None
+        self._is_encrypted = False
         self._open: OpenExport | None = None
         self._transport: asyncio.Transport | None = None
         self._fd = -1
@@ -83,6 +100,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
         self._peer = _peer_name(transport)
+        if not self._is_admitted(transport):
+            return
         self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         if sock is not None:
             self._fd = sock.fileno()
@@ -101,10 +120,12 @@ class Session(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """The client sends no more; it may still read, so what is in flight is answered before closing."""
         self._begin_close()
-        return True
+        return not self._is_encrypted  # TLS has no half of a connection
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone; requests in flight go on without it."""
+        if self._transport is None:
+            return
         if exc is not None:
             _log.info("%s: connection lost: %s", self._peer, exc)
         self._transport = None
@@ -128,7 +149,7 @@ class Session(asyncio.BufferedProtocol):
 
     def _pump(self) -> None:
         """Serve what has been received as far as the bounds allow, then send the answers."""
-        if self._transport is None or self._closing:
+        if self._transport is None or self._closing or self._upgrade is not None:
             return
         try:
             if self._open is None:
@@ -168,9 +189,56 @@ class Session(asyncio.BufferedProtocol):
                     export.clients += 1
                     self._open = OpenExport(export, event)
                     return
+                case StartTls():
+                    self._begin_tls()
+                    return
                 case Disconnected():
                     self._closing = True
                     return
+
+    def _is_admitted(self, transport: asyncio.BaseTransport) -> bool:
+        peer = transport.get_extra_info("peername")
+        if isinstance(peer, tuple) and not self._access.admits_address(peer[0].partition("%")[0]):
+            _log.warning("%s: its address is not among those allowed; refused", self._peer)
+            self._abort()
+            return False
+        return True
+
+    # --- TLS -------------------------------------------------------------------------------------------------------
+
+    def _begin_tls(self) -> None:
+        """Read no more clear text. The TLS handshake begins once the client has been told so."""
+        assert self._transport is not None, "only received bytes make events"
+        self._transport.pause_reading()
+        self._fd = -1
+        self._upgrade = asyncio.get_running_loop().create_task(start_tls(self._tls, self._transport, self))
+        self._upgrade.add_done_callback(self._tls_ended)
+
+    def _tls_ended(self, upgrade: asyncio.Task[asyncio.Transport]) -> None:
+        self._upgrade = None
+        error = asyncio.CancelledError() if upgrade.cancelled() else upgrade.exception()
+        if error is None:
+            self._go_on_encrypted(upgrade.result())
+            return
+        if isinstance(error, OSError):
+            _log.warning("%s: the TLS handshake failed: %s; dropped", self._peer, reason_of(error))
+        elif not upgrade.cancelled():
+            _log.error("%s: dropped because of a fault in the server", self._peer, exc_info=error)
+        self._abort()
+        self.connection_lost(None)  # the loop tells the TLS layer alone
+
+    def _go_on_encrypted(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._is_encrypted = True
+        self._write_paused = False
+        transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
+        name = subject_of(transport)
+        if self._access.admits_subject(name):
+            self._connection.tls_started()
+            self._pump()  # the client may have gone on already
+        else:
+            _log.warning("%s: its certificate, for '%s', is not among those allowed; refused", self._peer, name)
+            self._abort()
 
     def _serve_batch(self, opened: OpenExport) -> None:
         connection, serve_now = self._connection, opened.serve_now
@@ -242,6 +310,8 @@ class Session(asyncio.BufferedProtocol):
             out = self._write_now(out)
             if not out and buffers is not None:
                 buffers.all_sent()
+        elif buffers is not None and self._is_encrypted:
+            buffers.let_go()  # how long the TLS layer looks at them is its own affair
         elif buffers is not None:
             buffers.handed_over()
         if out:
@@ -275,6 +345,8 @@ class Session(asyncio.BufferedProtocol):
         """Accept no more and finish what was accepted; the connection stays, so that who comes too late hears why."""
         self._shutting_down = True
         self._connection.shut_down()
+        if self._upgrade is not None:
+            self._abort()
 
     def hang_up(self) -> None:
         """Close as soon as nothing is in flight any more."""
@@ -285,17 +357,22 @@ class Session(asyncio.BufferedProtocol):
         self._close_when_done()
 
     def _close_when_done(self) -> None:
-        if self._closing and not self._tasks and self._transport is not None:
+        if self._closing and not self._tasks and self._transport is not None and self._upgrade is None:
             self._send()
             self._transport.close()
 
     def _abort(self) -> None:
+        """Hang up; what is in flight is finished all the same."""
         self._closing = True
+        if self._upgrade is not None:
+            self._upgrade.cancel()
         if self._transport is not None:
             self._transport.abort()
 
     async def wait_idle(self) -> None:
         """Wait until nothing is in flight any more."""
+        if self._upgrade is not None:
+            await asyncio.wait({self._upgrade})
         while self._tasks:
             await asyncio.wait(set(self._tasks))
 

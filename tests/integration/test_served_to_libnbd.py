@@ -105,7 +105,9 @@ def test_nbdinfo_lists_the_export_under_its_name(disk: Path) -> None:
     with serving(disk, "-x", "a", "-D", "what it is") as daemon:
         (shown,) = exports("--list", f"nbd+unix:///?socket={daemon.socket}")
         assert (shown["export-name"], shown["description"], shown["export-size"]) == ("a", "what it is", SIZE)
-        assert "No such file or directory for export: b\n" in fails("nbdinfo", "--no-content", f"nbd+unix:///b?socket={daemon.socket}")
+        assert "No such file or directory for export: b\n" in fails(
+            "nbdinfo", "--no-content", f"nbd+unix:///b?socket={daemon.socket}"
+        )
         fails("nbdinfo", "--no-content", f"nbd+unix:///?socket={daemon.socket}")
         run("nbdinfo", "--no-content", daemon.uri)
 

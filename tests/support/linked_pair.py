@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdmirror.extents import ExtentList, zero_runs
 from nbdmirror.protocol import constants as c
 from nbdmirror.protocol.connection import ServerConnection
-from nbdmirror.protocol.constants import OptionReply
+from nbdmirror.protocol.constants import OptionReply, TlsMode
 from nbdmirror.protocol.messages import (
     DONE,
     Disconnected,
@@ -18,6 +18,7 @@ from nbdmirror.protocol.messages import (
     MetaContextQuery,
     ReadReply,
     Refusal,
+    StartTls,
     StatusReply,
 )
 from nbdmirror.protocol.transmission import refusal_of
@@ -48,12 +49,13 @@ def export(name: str = "", size: int = 2 * 1024 * 1024, flags: int = ALL_FLAGS, 
 class LinkedPair:
     """A client and a server in memory. `heard` is what the server made of the client's bytes, `sent` what it answered.
 
-    Every question of the haggling is answered from `exports` (by name), every request from `disk`, at once.
+    Every question of the haggling is answered from `exports` (by name), every request from `disk`, at once. TLS is only
+    acted: from STARTTLS on both sides take every byte for one that was encrypted.
     """
 
-    def __init__(self, exports: Iterable[ExportInfo] | None = None) -> None:
+    def __init__(self, exports: Iterable[ExportInfo] | None = None, tls: TlsMode = TlsMode.OFF) -> None:
         self.exports = {each.name: each for each in (exports if exports is not None else [export()])}
-        self.server = ServerConnection()
+        self.server = ServerConnection(tls)
         self.client = ClientCore()
         self.heard: list[tuple[Any, ...]] = []
         self.sent = bytearray()
@@ -106,6 +108,8 @@ class LinkedPair:
                 self.server.refuse(OptionReply.ERR_UNKNOWN, "no such export")
             case Disconnected():
                 self.ended = True
+            case StartTls():
+                self.server.tls_started()
             case opened:
                 self.info, self.contexts = opened.info, opened.contexts
                 self.client.structured, self.client.extended = opened.structured, opened.extended

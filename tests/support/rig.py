@@ -20,7 +20,8 @@ from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror import job as job_module
 from nbdmirror.mirror.copier import CopyOptions
-from nbdmirror.mirror.job import MirrorJob, MirrorOptions
+from nbdmirror.mirror.job import MirrorJob
+from nbdmirror.mirror.options import MirrorOptions
 from tests.support.fakes import GatedDevice, Held, settled
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import pytest
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError, StateError
-from nbdmirror.mirror.job import MirrorJob, MirrorOptions
+from nbdmirror.mirror.job import MirrorJob
+from nbdmirror.mirror.options import MirrorOptions
 from nbdmirror.units import MiB
 from tests.support.fakes import settled
 from tests.support.rig import CHUNK, SIZE, Rig, eio, hurry

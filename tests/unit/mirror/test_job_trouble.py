@@ -12,7 +12,7 @@ import pytest
 
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror import job as job_module
+from nbdmirror.mirror import pace
 from tests.support.fakes import settled
 from tests.support.rig import BOUND, CHUNK, SIZE, Rig, eio, hurry
 
@@ -278,8 +278,8 @@ async def test_writes_until_the_job_has_ended_are_marked() -> None:
 
 async def test_guest_that_does_not_stop_is_held_for_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read of the source is answered by a write, so that nothing converges by itself."""
-    monkeypatch.setattr(job_module, "_CLOSE_IN_SECONDS", 1e9)
-    monkeypatch.setattr(job_module, "HOLD_SECONDS", 1e6)
+    monkeypatch.setattr(pace, "CLOSE_IN_SECONDS", 1e9)
+    monkeypatch.setattr(pace, "HOLD_SECONDS", 1e6)
     rig = Rig(data=FULL, holding_source={"pread"})
     rig.source.writes_now = True
     rig.start()
@@ -299,8 +299,8 @@ async def test_guest_that_does_not_stop_is_held_for_a_turn(monkeypatch: pytest.M
 
 
 async def test_slow_target_does_not_hold_the_guest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "_CLOSE_IN_SECONDS", 1e9)
-    monkeypatch.setattr(job_module, "HOLD_SECONDS", 0.001)
+    monkeypatch.setattr(pace, "CLOSE_IN_SECONDS", 1e9)
+    monkeypatch.setattr(pace, "HOLD_SECONDS", 0.001)
     rig = Rig(data=FULL)
     rig.start()
     # Held back it stops answering, and with every chunk written again there is no other way to converge.
@@ -350,8 +350,8 @@ async def test_rate_limit_does_not_lengthen_a_hold(monkeypatch: pytest.MonkeyPat
 
 
 async def test_turn_that_ends_with_requests_in_flight_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_module, "HOLD_SECONDS", 0.1)
-    monkeypatch.setattr(job_module, "_CLOSE_IN_TURNS", 1)
+    monkeypatch.setattr(pace, "HOLD_SECONDS", 0.1)
+    monkeypatch.setattr(pace, "CLOSE_IN_TURNS", 1)
     rig = Rig(data=FULL, holding_target={"pwrite"}, requests=16)
     rig.job.state.dirty.fill()
     async with asyncio.timeout(BOUND):

@@ -1,0 +1,40 @@
+"""MirrorOptions: how a mirror job is to be done, as far as the user says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from nbdmirror.errors import StateError
+from nbdmirror.mirror.copier import CopyOptions
+from nbdmirror.units import KiB, MiB, round_up
+
+DEFAULT_GRANULARITY: Final = 64 * KiB
+MIN_GRANULARITY: Final = 512
+MAX_GRANULARITY: Final = 64 * MiB
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions:
+    """How to mirror. `granularity` in bytes; `sync` says what is dirty at the start.
+
+    Without `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
+    """
+
+    sync: Literal["full", "top", "none"] = "full"
+    granularity: int = DEFAULT_GRANULARITY
+    target_is_zero: bool = False
+    flush: bool = True
+    larger_target: bool = False
+    copy: CopyOptions = field(default_factory=CopyOptions)
+
+    def __post_init__(self) -> None:
+        if not MIN_GRANULARITY <= self.granularity <= MAX_GRANULARITY:
+            raise StateError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+        if self.granularity & (self.granularity - 1):
+            raise StateError("Parameter 'granularity' expects a power of 2")
+
+    def check_sizes(self, source: int, target: int) -> None:
+        """A server may round an export up to whole sectors; anything else that differs is a mistake, or asked for."""
+        if not source <= target or (target > round_up(source, 512) and not self.larger_target):
+            raise StateError("Source and target image have different sizes")
