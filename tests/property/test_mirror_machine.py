@@ -24,6 +24,7 @@ from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.jobs.status import JobStatus
 from nbdmirror.mirror import job as job_module
+from nbdmirror.mirror import pace
 from tests.support.rig import CHUNK, Rig, eio, hurry
 
 if TYPE_CHECKING:
@@ -212,8 +213,8 @@ def walk(seed: str, monkeypatch: pytest.MonkeyPatch) -> Walk:
     chance = random.Random(seed)
     with monkeypatch.context() as patch:
         hurry(patch)
-        patch.setattr(job_module, "_CLOSE_IN_SECONDS", chance.choice([-1, 1e9]))
-        patch.setattr(job_module, "HOLD_SECONDS", chance.choice([0, 1e6]))
+        patch.setattr(pace, "CLOSE_IN_SECONDS", chance.choice([-1, 1e9]))
+        patch.setattr(pace, "HOLD_SECONDS", chance.choice([0, 1e6]))
         # Requests are left behind only where nothing ever answers; here all do in the end.
         patch.setattr(job_module, "_ABANDON_SECONDS", 60)
 

@@ -19,6 +19,7 @@ from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror import job as job_module
+from nbdmirror.mirror import pace
 from nbdmirror.mirror.copier import CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
@@ -112,8 +113,9 @@ class HeldDisk(GatedDevice):
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the job leaves to time passes at once; it asks for block status however short a run is, and holds no guest back."""
-    for name, value in {"_GATHER_SECONDS": 0, "_RELEASE_SECONDS": 0, "_WORTH_ASKING": 0, "_CLOSE_IN_SECONDS": -1}.items():
-        monkeypatch.setattr(job_module, name, value)
+    for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
+        monkeypatch.setattr(pace, name, value)
+    monkeypatch.setattr(job_module, "_WORTH_ASKING", 0)
     monkeypatch.setattr(job_module, "_ABANDON_SECONDS", 0.01)
 
 
