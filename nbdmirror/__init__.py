@@ -9,8 +9,9 @@ The map, from the top; a package may import what stands below it, never above, a
     mirror server qmp    the mirror job; the NBD server; a QMP server that knows nothing of disks
     jobs devices         job status machine; block devices: file, memory, NBD, and the tracking filter
     bitmap protocol      dirty bitmaps and the rules of a copy; the NBD wire, without I/O
-    extents              what block status says of a range
-    errors units         the exception tree; sizes and rates
+    extents sockets      what block status says of a range; sockets that are listened on
+    units                sizes and rates
+    errors               the exception tree
 """
 
 __version__ = "0.1.0"
