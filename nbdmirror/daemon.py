@@ -115,6 +115,7 @@ class Daemon:
         listener = self._listener()
         stack.push_async_callback(listener.aclose)
         self._uri = self._endpoint_of(listener).uri
+        inventory.own_uris.add(self._uri)
         for path in options.qmp_paths:
             await self._monitor.listen(path)
         stack.push_async_callback(self._end_jobs)

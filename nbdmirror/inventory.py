@@ -49,13 +49,14 @@ class Node:
 
 
 class Inventory:
-    """What there is. Exports are looked up by the server itself, in `exports`."""
+    """What there is. Exports are looked up by the server itself, in `exports`; `own_uris` are where they can be reached."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self.exports: dict[str, Export] = {}
         self.jobs: dict[str, Job] = {}
         self.history: deque[Job] = deque(maxlen=_HISTORY)
+        self.own_uris: set[str] = set()
         self._implicit_names = 0
 
     # --- nodes -----------------------------------------------------------------------------------------------------

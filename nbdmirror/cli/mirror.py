@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,8 @@ from nbdmirror.cli.client import ControlClient, run_client
 from nbdmirror.cli.follow import Outcome, Report, follow
 from nbdmirror.cli.options import SIZE, copy_options, qmp_option
 from nbdmirror.cli.progress import meter
-from nbdmirror.devices.uri import looks_like_uri
+from nbdmirror.devices.open import local_path
+from nbdmirror.devices.uri import looks_like_uri, parse_endpoint
 from nbdmirror.errors import NbdMirrorError
 
 
@@ -53,7 +55,7 @@ def mirror(
         raise click.UsageError("--background and --complete exclude each other: completing means waiting")
     arguments: dict[str, Any] = {
         "device": device,
-        "target": target if looks_like_uri(target) else str(Path(target).absolute()),
+        "target": _endpoint(target),
         "sync": sync,
         "mode": "existing",
         "speed": speed,
@@ -80,6 +82,16 @@ def mirror(
 
     name = run_client(qmp, work)
     click.echo(f"{name} {'started' if background else 'completed' if complete else 'ready'}")
+
+
+def _endpoint(target: str) -> str:
+    """The target as the daemon has to be told, which has a working directory of its own; raises UsageError."""
+    if not looks_like_uri(target):
+        return str(Path(local_path(target)).absolute())
+    endpoint = parse_endpoint(target)
+    if endpoint.socket:
+        endpoint = replace(endpoint, socket=str(Path(endpoint.socket).absolute()))
+    return endpoint.uri
 
 
 async def _free_job_id(client: ControlClient) -> str:

@@ -169,7 +169,8 @@ class JobCommands:
     ) -> None:
         if "mirror source" in source.users:
             raise StateError("Need a root block node")
-        if source is target or _is_same_file(source, target):
+        # Over our own export every copied chunk would be a write of a guest, and dirty again.
+        if source is target or _is_same_file(source, target) or target.disk.name in self._inventory.own_uris:
             raise StateError("Can't mirror node into itself")
         if target.users or source.users:
             raise StateError("block device is in use by block job: mirror")

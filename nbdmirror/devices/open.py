@@ -42,10 +42,11 @@ async def open_device(
     if looks_like_uri(target):
         endpoint = parse_endpoint(target)
         return await NbdDevice.open(endpoint, connections=connections, read_only=read_only, timeout=timeout)
-    return FileDevice.open(_path(target), read_only=read_only)
+    return FileDevice.open(local_path(target), read_only=read_only)
 
 
-def _path(target: str) -> str:
+def local_path(target: str) -> str:
+    """The path of what is no NBD endpoint; raises UsageError for what is no path either."""
     if not target:
         raise UsageError("the name of a disk can't be empty: give a path or an NBD URI")
     if target.lower().startswith("file:"):

@@ -173,12 +173,13 @@ def test_targets_that_are_not_there(tmp_path: Path) -> None:
         cases: list[tuple[int, list[str], str]] = [
             (1, ["No such file or directory", "gone"], f"nbd+unix:///?socket={gone}"),
             (1, ["refused"], f"nbd://127.0.0.1:{peers.free_port()}"),
-            (1, ["nbd://host:port:more"], "nbd://host:port:more"),
-            (1, ["https"], "https://example.com/disk"),
+            (2, ["nbd://host:port:more"], "nbd://host:port:more"),
+            (2, ["https"], "https://example.com/disk"),
             (1, ["wrong"], f"nbd+unix:///wrong?socket={peer.endpoint.socket}"),
             (1, ["No such file or directory", "gone"], str(gone)),
             (1, ["Is a directory"], str(tmp_path)),
             (1, ["mirror node into itself"], str(disk)),
+            (1, ["mirror node into itself"], daemon.uri),
         ]
         for status, words, target in cases:
             refused(ask(daemon, "mirror", target), status, *words)
