@@ -65,9 +65,9 @@ def test_nbdinfo_and_the_uri_that_is_printed(pki: Path, disk: Path) -> None:
     require("nbdinfo")
     with serving(disk, *tcp(pki), tcp=True) as daemon:
         assert daemon.uri.startswith("nbds://127.0.0.1:")
-        told = run("nbdinfo", with_certificates(daemon.uri, pki / "client"))
+        told = run("nbdinfo", "--no-content", with_certificates(daemon.uri, pki / "client"))
         assert "newstyle-fixed with TLS, using structured packets" in told
-        fails("nbdinfo", daemon.uri.replace("nbds:", "nbd:"))
+        fails("nbdinfo", "--no-content", daemon.uri.replace("nbds:", "nbd:"))
         assert daemon.stderr == ""
 
 
@@ -87,15 +87,15 @@ def test_optional_tls_serves_both(pki: Path, disk: Path, scheme: str) -> None:
         uri = daemon.uri.replace("nbd+unix", scheme)
         if scheme == "nbds+unix":
             uri = with_certificates(uri, pki / "client")
-        assert ("with TLS" in run("nbdinfo", uri)) == (scheme == "nbds+unix")
+        assert ("with TLS" in run("nbdinfo", "--no-content", uri)) == (scheme == "nbds+unix")
 
 
 def test_without_tls_clients_that_insist_on_it_go_away(pki: Path, disk: Path) -> None:
     require("nbdinfo")
     with serving(disk) as daemon:
         uri = with_certificates(daemon.uri.replace("nbd+", "nbds+"), pki / "client")
-        fails("nbdinfo", uri)
-        run("nbdinfo", daemon.uri)
+        fails("nbdinfo", "--no-content", uri)
+        run("nbdinfo", "--no-content", daemon.uri)
 
 
 def test_nbdcopy_there_and_back(pki: Path, tmp_path: Path) -> None:
@@ -191,27 +191,27 @@ REASONS = {
 def test_client_certificates_are_verified(pki: Path, disk: Path, client: str) -> None:
     require("nbdinfo")
     with serving(disk, *tcp(pki, "--tls-verify-peer", server="with-crl"), tcp=True) as daemon:
-        fails("nbdinfo", with_certificates(daemon.uri, pki / client))
+        fails("nbdinfo", "--no-content", with_certificates(daemon.uri, pki / client))
         refused_once(daemon, REASONS[client])
-        run("nbdinfo", with_certificates(daemon.uri, pki / "client"))
+        run("nbdinfo", "--no-content", with_certificates(daemon.uri, pki / "client"))
 
 
 def test_allowed_subjects(pki: Path, disk: Path) -> None:
     require("nbdinfo")
     allow = ("--tls-verify-peer", "--allow-dn", "CN=nobody", "--allow-dn", "CN=me,O=Us,*")
     with serving(disk, *tcp(pki, *allow), tcp=True) as daemon:
-        run("nbdinfo", with_certificates(daemon.uri, pki / "client"))
-        fails("nbdinfo", with_certificates(daemon.uri, pki / "revoked"))
+        run("nbdinfo", "--no-content", with_certificates(daemon.uri, pki / "client"))
+        fails("nbdinfo", "--no-content", with_certificates(daemon.uri, pki / "revoked"))
         refused_once(daemon, "its certificate, for 'CN=was me', is not among those allowed; refused")
 
 
 def test_allowed_addresses(disk: Path) -> None:
     require("nbdinfo")
     with serving(disk, "-p", "0", "--allow-ip", "192.0.2.0/24", tcp=True) as daemon:
-        fails("nbdinfo", daemon.uri)
+        fails("nbdinfo", "--no-content", daemon.uri)
         refused_once(daemon, "its address is not among those allowed; refused")
     with serving(disk, "-p", "0", "--allow-ip", "192.0.2.0/24", "--allow-ip", "127.0.0.1", tcp=True) as daemon:
-        run("nbdinfo", daemon.uri)
+        run("nbdinfo", "--no-content", daemon.uri)
 
 
 # --- what serve refuses ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def test_relative_names_are_the_users(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_is_absolute_stays() -> None:
     assert told("/dev/vdb") == "/dev/vdb"
     assert told("nbd+unix:///?socket=/run/sock") == "nbd+unix:///?socket=/run/sock"
-    assert told("nbd://host/disk") == "nbd://host/disk"
+    assert told("nbd://host/disk") == NbdEndpoint.tcp("host", export="disk").uri
 
 
 @pytest.mark.parametrize("target", ["", "https://example.com/disk", "nbd://host:port:more", "nbd+unix:///"])
