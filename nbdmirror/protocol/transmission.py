@@ -8,10 +8,10 @@ Rules:
    it comes, one far over it ends the connection. No WRITE is answered before its payload has come: libnbd takes a reply to
    a request that it is still sending for one to no request at all, and gives the connection up.
 2. `refusal_of` is the only judge of ranges and flags: whoever serves a request that it passed need not look again.
-3. With extended headers a length has 64 bits, and a payload follows where the flag PAYLOAD_LEN says so, and only there. A WRITE
-   must have it; a payload on any other command is consumed before the request is refused, and one over the limit ends the
-   connection, as the text wants it here. The flag is taken off a WRITE, so that whoever serves requests never knows how they
-   were framed.
+3. With extended headers a length has 64 bits, and a payload follows a WRITE and whatever else has the flag PAYLOAD_LEN. The
+   text wants the flag on a WRITE, too, but QEMU's client (10.0) sends the payload without it. A payload on any other command
+   is consumed before the request is refused, and one over the limit ends the connection, as the text wants it here. The flag
+   is taken off a WRITE, so that whoever serves requests never knows how they were framed.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Transmission:
     def _extended_request(self, request: Request) -> Request | None:
         """A WRITE, or a command with a payload (rule 3)."""
         command, flags, cookie, offset, length, _ = request
-        if not flags & c.PAYLOAD_LEN or command == c.CMD_DISC:
+        if command != c.CMD_WRITE and (not flags & c.PAYLOAD_LEN or command == c.CMD_DISC):
             self._receiver.consume(self._head)
             return request
         if length > self._limit:
@@ -181,11 +181,8 @@ def _range_refusal(request: Request, info: ExportInfo) -> Refusal | None:
         # Section "Error values": ENOSPC for what would grow the export, EINVAL for the rest.
         error = c.ENOSPC if command in (c.CMD_WRITE, c.CMD_WRITE_ZEROES) else c.EINVAL
         return m.Refusal(error, f"offset {offset} + {length} bytes is past the end at {info.size}")
-    if command <= c.CMD_WRITE:  # or READ: what travels
-        if length > info.maximum_payload:
-            return m.Refusal(c.EOVERFLOW, f"{length} bytes in one request; at most {info.maximum_payload} are taken")
-        if command == c.CMD_WRITE and request.payload is None:
-            return m.Refusal(c.EINVAL, "a WRITE without a payload")
+    if command <= c.CMD_WRITE and length > info.maximum_payload:  # WRITE or READ: what travels
+        return m.Refusal(c.EOVERFLOW, f"{length} bytes in one request; at most {info.maximum_payload} are taken")
     # A disk may end in the middle of a block: a request may, too, but none may begin there.
     if offset % info.minimum_block or (length % info.minimum_block and offset + length != info.size):
         return m.Refusal(c.EINVAL, f"not aligned to the minimum block size of {info.minimum_block}")

@@ -61,11 +61,13 @@ def every_malformed_option() -> bytes:
 
 def every_extended_request() -> bytes:
     commands = [*range(2), *range(3, 9), 65535]
-    plain = [extended_request(command, 4096, 512, cookie=command) for command in commands]
+    others = [command for command in commands if command != c.CMD_WRITE]
+    plain = [extended_request(command, 4096, 512, cookie=command) for command in others]
+    plain.append(extended_request(c.CMD_WRITE, 4096, payload=b"\x23" * 512, flags=0))
     payloads = [
         extended_request(command, 0, payload=b"\x21" * (70 * command % 997 + 1), cookie=command) for command in commands
     ]
-    lengths = [extended_request(command, 0, length, flags=0) for command in commands for length in (0, 1 << 32, 2**64 - 1)]
+    lengths = [extended_request(command, 0, length, flags=0) for command in others for length in (0, 1 << 32, 2**64 - 1)]
     return b"".join(plain + payloads + lengths)
 
 

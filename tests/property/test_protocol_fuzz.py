@@ -119,12 +119,13 @@ def test_any_extended_requests(fields: list[tuple[int, int, int, int]], behind: 
     linked.client.option_replies()
     assert linked.client.extended
     for number, (command, flags, offset, length) in enumerate(fields):
-        payload = b"p" * length if flags & c.PAYLOAD_LEN and length <= LIMIT else b""
+        has_payload = bool(flags & c.PAYLOAD_LEN) or command == c.CMD_WRITE
+        payload = b"p" * length if has_payload and length <= LIMIT else b""
         raw = linked.client.request(command, offset, length, flags=flags, payload=payload, cookie=number)
         try:
             linked.say(raw)
         except ProtocolError:
-            assert flags & c.PAYLOAD_LEN
+            assert has_payload
             assert length > LIMIT
             return
         if linked.ended:

@@ -350,11 +350,6 @@ def test_a_read_only_export_says_that_it_is(command: int, flags: int) -> None:
     assert refused(command, flags=flags, info=export("", SIZE, c.TFLAG_HAS_FLAGS | c.TFLAG_READ_ONLY)) == c.EPERM
 
 
-def test_a_write_without_its_payload_is_refused() -> None:
-    refusal = refusal_of(Request(c.CMD_WRITE, 0, 0, 0, 512), export("", SIZE), structured=True)
-    assert refusal == Refusal(c.EINVAL, "a WRITE without a payload")
-
-
 @pytest.mark.parametrize("command", [8, 9, 100, 65535])
 def test_unknown_commands(command: int) -> None:
     assert refused(command) == c.EINVAL
