@@ -66,7 +66,7 @@ def test_nbdinfo_and_the_uri_that_is_printed(pki: Path, disk: Path) -> None:
     with serving(disk, *tcp(pki), tcp=True) as daemon:
         assert daemon.uri.startswith("nbds://127.0.0.1:")
         told = run("nbdinfo", "--no-content", with_certificates(daemon.uri, pki / "client"))
-        assert "newstyle-fixed with TLS, using structured packets" in told
+        assert "newstyle-fixed with TLS" in told
         fails("nbdinfo", "--no-content", daemon.uri.replace("nbds:", "nbd:"))
         assert daemon.stderr == ""
 
@@ -76,7 +76,7 @@ def test_nbdinfo_over_a_unix_socket(pki: Path, disk: Path) -> None:
     with serving(disk, "-x", "a", "--tls-certificates", pki / "server") as daemon:
         assert daemon.uri.startswith("nbds+unix:///a?socket=/")
         assert run("nbdinfo", "--size", with_certificates(daemon.uri, pki / "client")) == f"{8 * MiB}\n"
-        assert "requires TLS" in fails("nbdinfo", "--size", daemon.uri.replace("nbds+", "nbd+"))
+        fails("nbdinfo", "--size", daemon.uri.replace("nbds+", "nbd+"))
 
 
 @pytest.mark.parametrize("scheme", ["nbd+unix", "nbds+unix"])
