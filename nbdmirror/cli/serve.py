@@ -9,9 +9,8 @@ import uvloop
 
 from nbdmirror.daemon import ServeOptions
 from nbdmirror.daemon import serve as run_daemon
+from nbdmirror.devices.uri import DEFAULT_PORT
 from nbdmirror.protocol.constants import TlsMode
-
-DEFAULT_PORT: Final = 10809
 
 
 @click.command("serve", short_help="Export a disk and track its writes.")

@@ -23,12 +23,11 @@ from urllib.parse import quote, unquote, unquote_to_bytes
 
 from nbdmirror.errors import UsageError
 from nbdmirror.protocol.constants import MAX_STRING
+from nbdmirror.sockets import MAX_SOCKET_PATH
 
 Transport = Literal["tcp", "unix", "vsock"]
 
 DEFAULT_PORT: Final = 10809  # IANA, and the NBD URI text
-# sockaddr_un.sun_path is 108 bytes and libnbd wants room for the final NUL (unix(7)).
-MAX_SOCKET_PATH: Final = 107
 # <linux/vm_sockets.h>: the host, and numbers of 32 bits for both halves of an address.
 _VSOCK_HOST: Final = "2"
 _MAX_U32: Final = 2**32 - 1

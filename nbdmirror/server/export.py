@@ -159,12 +159,7 @@ class OpenExport:
         self._info = opened.info
         self._structured = opened.structured
         self._contexts = opened.contexts
-        self._buffers = ReadBuffers()
-
-    @property
-    def buffers(self) -> ReadBuffers:
-        """The buffers of reads that were answered at once."""
-        return self._buffers
+        self.buffers = ReadBuffers()
 
     def serve_now(self, request: Request) -> Answer | None:
         """The answer, if it can be given without blocking."""
@@ -184,7 +179,7 @@ class OpenExport:
         length = request.length
         if length > _READ_NOW_MAX:
             return None
-        data = self._buffers.take(length)
+        data = self.buffers.take(length)
         if not self._device.pread_now(data, request.offset):
             return None
         if not self._takes_chunks(request) or (data[0] and length <= _ZERO_GRAIN):

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdmirror.devices.uri import MAX_SOCKET_PATH, NbdEndpoint, looks_like_uri, parse_endpoint
+from nbdmirror.devices.uri import NbdEndpoint, looks_like_uri, parse_endpoint
 from nbdmirror.errors import UsageError
+from nbdmirror.sockets import MAX_SOCKET_PATH
 
 TCP = NbdEndpoint.tcp
 UNIX = NbdEndpoint.unix
