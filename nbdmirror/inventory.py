@@ -2,8 +2,9 @@
 
 Rules:
 1. "No such node", "no such job" are raised here and nowhere else, with QEMU's texts.
-2. A node is a disk and the filter through which it is written. A pivot gives the filter of the source, and with it every
-   export above, to the target's node; the source's node gets a new filter and is idle from then on.
+2. A node is a disk, the filter through which it is written, and its bitmaps. A pivot gives the filter of the source, and with
+   it every export above, to the target's node; the source's node gets a new filter and is idle from then on. Bitmaps stay with
+   their node: they tell of that disk.
 3. What is in use is not removed: a node knows its users by a word each.
 """
 
@@ -14,11 +15,15 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from nbdmirror.bitmap.named import BitmapSet
 from nbdmirror.devices.aligned import AlignedDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import InactiveError, NotFoundError, StateError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from nbdmirror.bitmap.named import NamedBitmap
     from nbdmirror.devices.base import BlockDevice
     from nbdmirror.jobs.job import Job
     from nbdmirror.server.export import Export
@@ -37,10 +42,16 @@ class Node:
     disk: BlockDevice
     implicit: bool = False
     device: TrackedDevice = field(init=False)
+    bitmaps: BitmapSet = field(init=False)
     users: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.device = TrackedDevice(self.disk)
+        self.bitmaps = BitmapSet(self._writes_in_flight)
+        self.device.observe(self.bitmaps)
+
+    def _writes_in_flight(self) -> Collection[tuple[int, int]]:
+        return self.device.writes_in_flight()  # of the filter that is above the disk now: a pivot gives it another
 
     @property
     def is_read_only(self) -> bool:
@@ -89,6 +100,16 @@ class Inventory:
             raise NotFoundError(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
 
+    def bitmap(self, node_name: str, name: str) -> tuple[Node, NamedBitmap]:
+        """A node and its bitmap of that name; raises NotFoundError."""
+        node = self.nodes.get(node_name)
+        if node is None:
+            raise NotFoundError(f"Node '{node_name}' not found")
+        bitmap = node.bitmaps.get(name)
+        if bitmap is None:
+            raise NotFoundError(f"Dirty bitmap '{name}' not found")
+        return node, bitmap
+
     def node_of(self, export: Export) -> Node | None:
         """The node that an export is made from."""
         return next((node for node in self.nodes.values() if node.device is export.device), None)
@@ -111,7 +132,11 @@ class Inventory:
         """Let every user of the source go on with the target's disk. The source must be drained."""
         device = source.device
         device.replace_below(AlignedDevice.over(target.disk))
+        device.forget(source.bitmaps)
+        target.device.forget(target.bitmaps)
         source.device, target.device = TrackedDevice(source.disk), device
+        for node in (source, target):
+            node.device.observe(node.bitmaps)
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

@@ -62,8 +62,12 @@ class DirtyBitmap:
         return offset, min(end << self._shift, self.size) - offset
 
     def add(self, offset: int, length: int) -> None:
-        """Mark what a range of bytes touches."""
-        self.add_chunks(*self.span(offset, length))
+        """Mark what a range of bytes touches. Small writes to what is dirty already are the common case, and cost least."""
+        first = offset >> self._shift
+        if first != offset + length - 1 >> self._shift:
+            self.add_chunks(*self.span(offset, length))
+        elif not self._bits[first]:
+            self.add_chunks(first, first + 1)
 
     def discard(self, offset: int, length: int) -> None:
         """Unmark the chunks that lie wholly in a range of bytes."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from nbdmirror.devices.base import BlockDevice
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Collection, Coroutine
 
     from nbdmirror.extents import ExtentList
 
@@ -84,6 +84,10 @@ class TrackedDevice(BlockDevice):
     def in_flight(self) -> int:
         """How many writes the disk below is not done with, those included that nobody waits for any more."""
         return len(self._in_flight)
+
+    def writes_in_flight(self) -> Collection[tuple[int, int]]:
+        """`(offset, length)` of each of those writes."""
+        return self._in_flight.values()
 
     @property
     def is_drained(self) -> bool:
