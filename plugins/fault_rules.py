@@ -14,12 +14,12 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from control import parse_probability, parse_size
+from tally import Tally
 from volatile_disk import chance
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def parse_rule(number: int, text: str) -> Rule:
     return rule
 
 
-def _number(text: str, kind: type[int] | type[float] = int) -> float:
+def _number(text: str, kind: type[int | float] = int) -> float:
     try:
         value = kind(text)
     except ValueError:
@@ -147,9 +147,8 @@ class Faults:
         self._added = 0
         self._changed = threading.Condition()
         self._releases = 0
-        self._count: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
-        self._in_flight = self._most_in_flight = self._hanging = 0
+        self._hanging = 0
+        self._tally = Tally()
 
     def add(self, text: str) -> dict[str, int]:
         """Add a rule behind the others; its number. Raises ValueError."""
@@ -185,9 +184,7 @@ class Faults:
         with self._changed:
             return {
                 "seed": self._seed,
-                "requests": {kind: {"count": count, "bytes": self._bytes[kind]} for kind, count in self._count.items()},
-                "in-flight": self._in_flight,
-                "max-in-flight": self._most_in_flight,
+                **self._tally.counts(),
                 "hanging": self._hanging,
                 "faults": [
                     {"rule": rule.number, "fault": rule.text, "seen": rule.seen, "hits": rule.hits} for rule in self._rules
@@ -196,25 +193,18 @@ class Faults:
 
     def request(self, kind: str, carry_out: CarryOut, offset: int = 0, length: int = 0) -> None:
         """Do what was asked for, or what the rules say."""
-        with self._changed:
-            self._count[kind] += 1
-            self._bytes[kind] += length
-            self._in_flight += 1
-            self._most_in_flight = max(self._most_in_flight, self._in_flight)
-            waits, last = self._met(kind, offset, length)
-            lot = chance(self._seed, "lot", last.number, last.hits) if last else 0
-        try:
-            for rule in (*waits, *([last] if last else [])):
-                self._log(f"fault: rule {rule.number} ({rule.text}) hits {kind} of {length} bytes at {offset}")
-                if rule is not last:
-                    self._wait(rule)
+        with self._tally.request(kind, length):
+            with self._changed:
+                waits, last = self._met(kind, offset, length)
+                lot = chance(self._seed, "lot", last.number, last.hits) if last else 0
+            for rule in waits:
+                self._log(f"fault: rule {rule.number} ({rule.text}) holds up {kind} of {length} bytes at {offset}")
+                self._wait(rule)
             if last:
+                self._log(f"fault: rule {last.number} ({last.text}) hits {kind} of {length} bytes at {offset}")
                 self._inflict(last, lot, carry_out, length)
             else:
                 carry_out(length)
-        finally:
-            with self._changed:
-                self._in_flight -= 1
 
     def _met(self, kind: str, offset: int, length: int) -> tuple[list[Rule], Rule | None]:
         waits: list[Rule] = []
