@@ -25,7 +25,8 @@ A rule is KIND[,KIND...] ACTION [OPTION...]; `any` is every kind.
              torn[=N]    a write, zero or trim does its first N bytes, or some by the seed, and fails with EIO
              short=N     a write, zero or trim does its first N bytes and succeeds; extents tells of no more than N
              lie         a write, zero, trim, flush or fua does nothing and succeeds
-             disconnect=WHEN    every client is cut off: before it is done; unanswered: done, but not answered; answered
+             disconnect=WHEN    every connection is cut, one after the other: before it is done; unanswered: done, but
+                         not answered; answered: this request is
              crash       SIGKILL, before it is done
     options  from=N to=N requests that touch this range        at=N     from the Nth such request on, which is the first (1)
              times=N     so many times (for ever)              p=P      with this probability
