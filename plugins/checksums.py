@@ -139,8 +139,6 @@ class Checksums:
 
     def _fill(self, offset: int, length: int, checksum: bytes, known: int) -> None:
         first, last = -(-offset // self.chunk), (offset + length) // self.chunk
-        if offset + length == self.size:
-            last = -(-self.size // self.chunk)
         if first >= last:  # no whole chunk
             for number, start, count, _ in self._pieces(offset, length):
                 self._change(number, start, bytes(count), known)

@@ -66,9 +66,11 @@ def _nbdkit() -> None:
         ("verify", ["size=1M", "control=/none/control"], "control=/none/control: No such file or directory"),
     ],
 )
-def test_a_wrong_parameter_is_one_line_that_says_what(script: str, parameters: list[str], words: str, tmp_path: Path) -> None:
+def test_a_wrong_parameter_is_one_line_that_says_what(
+    script: str, parameters: list[str], words: str, tmp_path: Path, sock_dir: Path
+) -> None:
     path = plugins.PLUGINS / f"{script}.py"
-    said = fails("nbdkit", "-U", "-", "python", path, *parameters, "--run", "true", cwd=tmp_path)
+    said = fails("nbdkit", "-U", sock_dir / "s", "python", path, *parameters, cwd=tmp_path)
     assert said.startswith((f"nbdkit: error: {script}.py: ", "nbdkit: error: control="))
     assert words in said
     assert said.count("\n") == 1
@@ -134,7 +136,7 @@ def test_the_control_socket_and_its_client(tmp_path: Path) -> None:
             result = completed(sys.executable, CONTROL, target.control, *command.split())
             assert result.returncode == 1
             assert words in json.loads(result.stdout)["error"]
-        said = fails("nbdkit", "-U", "-", "python", FAULT, "size=1M", f"control={target.control}", "--run", "true")
+        said = fails("nbdkit", "-U", tmp_path / "s", "python", FAULT, "size=1M", f"control={target.control}")
         assert "Address already in use" in said
         assert fails(sys.executable, CONTROL, target.control, "crash").endswith("ended without an answer\n")
         assert target.peer.wait()

@@ -137,6 +137,33 @@ async def test_any_writes_give_the_digest_of_a_file_with_the_same_content(chunk:
         await device.aclose()
 
 
+async def test_parts_that_are_kept_and_zeroes_of_any_range_leave_nothing_unknown(tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    chunk, size = 4096, 60 * 4096
+    model, file = bytearray(size), tmp_path / "same"
+    with plugins.verify(f"size={size}", f"chunk={chunk}") as target:
+        device = await NbdDevice.open(target.endpoint, connections=1)
+        for step in range(1, 401):
+            offset = chance.randrange(size)
+            if chance.random() < 0.8:
+                data = chance.randbytes(min(chance.randint(1, chunk - 1), chunk - offset % chunk, size - offset))
+                await device.pwrite(data, offset)
+            else:
+                data = bytes(min(chance.randint(1, 5 * chunk), size - offset))
+                await device.zero(offset, len(data))
+            model[offset : offset + len(data)] = data
+            if step % 40 == 0:
+                file.write_bytes(model)
+                report = target.ask("report")
+                assert (report["digest"], report["unknown-chunks"]) == (digest_of(file, "4096"), 0)
+        everything = bytearray(size)
+        await device.pread(everything, 0)
+        assert everything == model
+        await device.aclose()
+
+
 async def test_parts_around_zeroes_are_known_and_parts_over_a_checksum_are_not(tmp_path: Path) -> None:
     chunk = 64 * KiB
     with plugins.verify(f"size={MiB}") as target:
