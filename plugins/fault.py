@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""fault.py: a disk that errs, delays, tears, hangs, lies and crashes, as told and by a seed; a plugin for nbdkit >= 1.30.
+"""fault.py: a disk that errs, delays, tears, hangs, lies and crashes, as told and by a seed; a plugin for nbdkit >= 1.32.
 
     nbdkit python plugins/fault.py size=1G fault='write at=100 error=ENOSPC' control=/tmp/control
 
@@ -38,7 +38,7 @@ With volatile=P the file or memory is the stable storage: a sector of 4 KiB that
 probability P, when it is flushed. Whenever nbdkit is killed, the file has all that was flushed, and of the rest, sector by
 sector, what the seed kept. Sectors in the cache take their size in memory.
 
-nbdkit does not tell a plugin which connection a request came on, so there is no cutting off just one of them (and with
+nbdkit 1.32 does not tell a plugin which connection a request came on, so there is no cutting off just one of them (and with
 `nbdkit -s` none); it always speaks the protocol correctly. For a disk without zeroing there is nbdkit --filter=nozero.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""verify.py: a target that keeps checksums only, of a disk of any size, and counts what it is sent; for nbdkit >= 1.30.
+"""verify.py: a target that keeps checksums only, of a disk of any size, and counts what it is sent; for nbdkit >= 1.32.
 
     nbdkit python plugins/verify.py size=1T report=/tmp/report.json
     python3 plugins/verify.py FILE [CHUNK]      prints the digest that a target with the content of FILE has
