@@ -60,7 +60,9 @@ def _data_ranges(fd: int, offset: int, end: int) -> Iterator[tuple[int, int]]:
     while offset < end:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole to the end
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole to the end
+                raise
             return
         offset = min(os.lseek(fd, start, os.SEEK_HOLE), end)
         if start < end:

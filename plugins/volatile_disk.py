@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import os
 import threading
@@ -149,7 +150,9 @@ class Disk:
     def _seek(self, offset: int, whence: int) -> int:
         try:
             return os.lseek(self._fd, offset, whence)
-        except OSError:  # ENXIO: nothing but a hole to the end
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole to the end
+                raise
             return self.size
 
     def resize(self, size: int) -> None:
