@@ -153,7 +153,8 @@ def test_a_socket_of_a_living_daemon_is_left_alone(disk: Path, sock_dir: Path) -
             assert (result.returncode, result.stdout) == (1, "")
             (line,) = result.stderr.splitlines()
             assert f"'{args[-1]}'" in line
-            assert "another process is listening there" in line
+            assert f"process {daemon.pid} (" in line
+            assert "is listening there; stop it" in line
             assert not (sock_dir / "other").exists()
         assert run("nbdinfo", "--size", daemon.uri).strip() == str(MiB)
         assert run_cli("status", "--qmp", daemon.control).returncode == 0
