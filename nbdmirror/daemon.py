@@ -155,6 +155,8 @@ class Daemon:
                 raise UsageError(f"cannot write to --ready-fd {options.ready_fd}: {error.strerror}") from None
         if options.background_fd is not None:
             tell_background(options.background_fd, line)  # which says it on standard output
+        elif options.activated.is_captive:
+            _log.info("serving %s", self._uri)  # standard output is the client's: `nbdinfo --json`, `nbdcopy ... -`
         else:
             with suppress(BrokenPipeError):  # past Python's buffer, which would be flushed, and fail, once more at the end
                 os.write(1, line.encode())

@@ -27,14 +27,19 @@ _FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 _NBD: Final = "nbd"
 _CONTROL: Final = "control"
+_UNKNOWN: Final = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Activated:
-    """The sockets that were passed, by purpose."""
+    """The sockets that were passed, by purpose.
+
+    `is_captive` says that an NBD client has started us for itself: so libnbd does, with one Unix socket and no name.
+    """
 
     nbd: tuple[ServerSocket, ...] = ()
     control: tuple[ServerSocket, ...] = ()
+    is_captive: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.nbd or self.control)
@@ -43,16 +48,17 @@ class Activated:
 def take_sockets(environment: MutableMapping[str, str]) -> Activated:
     """The sockets that were passed to this process; takes their variables out of `environment`. Raises UsageError."""
     pid, count, names, _ = (environment.pop(name, "") for name in _VARIABLES)
-    if pid != str(os.getpid()) or not count:
+    if pid != str(os.getpid()):
         return Activated()
-    if not (count.isdecimal() and count.isascii()):
+    if not (count.isdecimal() and count.isascii() and int(count)):
         raise UsageError(f"LISTEN_FDS is '{count}', which is no number of sockets")
     fds = range(_FIRST_FD, _FIRST_FD + int(count))
     purposes = _purposes(len(fds), names)
     found: dict[str, list[ServerSocket]] = {_NBD: [], _CONTROL: []}
     for fd, purpose in zip(fds, purposes, strict=True):
         found[purpose].append(ServerSocket(_listening_socket(fd, purpose)))
-    return Activated(tuple(found[_NBD]), tuple(found[_CONTROL]))
+    is_captive = not names.replace(_UNKNOWN, "") and found[_NBD][0].sock.family == socket.AF_UNIX
+    return Activated(tuple(found[_NBD]), tuple(found[_CONTROL]), is_captive)
 
 
 def _purposes(count: int, names: str) -> list[str]:
@@ -72,7 +78,7 @@ def _purposes(count: int, names: str) -> list[str]:
 
 def _is_no_name(name: str) -> bool:
     """Whether nobody chose it: sd_listen_fds_with_names(3) has "unknown", systemd the name of the socket's unit."""
-    return name in ("", "unknown") or name.endswith(".socket")
+    return name in ("", _UNKNOWN) or name.endswith(".socket")
 
 
 def _listening_socket(fd: int, purpose: str) -> socket.socket:
