@@ -59,12 +59,6 @@ class ServerSocket:
         self._path = None if path is None else Path(path).absolute()
         self._identity = None if self._path is None else _identity(self._path)
 
-    def for_loop(self) -> socket.socket:
-        """The socket as event loops take it: to them a vsock is as good as a Unix socket, if only it says that it is one."""
-        if self.sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
-            return self.sock
-        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=os.dup(self.sock.fileno()))
-
     def remove_file(self) -> None:
         """Remove what is in the file system, if it is still ours; to be called before the socket is closed (rule 3)."""
         if self._path is not None and _identity(self._path) == self._identity:
@@ -84,6 +78,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def for_loop(sock: socket.socket) -> socket.socket:
+    """The socket as event loops take it: to them a vsock is as good as a Unix socket, if only it says that it is one."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        return sock
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.detach())
 
 
 # --- Unix ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
 from nbdmirror.server.tls import NO_TLS
-from nbdmirror.sockets import BACKLOG, KEEP_FILE, listen_tcp, listen_unix
+from nbdmirror.sockets import BACKLOG, KEEP_FILE, for_loop, listen_tcp, listen_unix
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,7 +86,7 @@ class Listener:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
         for each in self._sockets:
-            sock = each.for_loop()
+            sock = for_loop(each.sock)
             if sock.family == socket.AF_UNIX:
                 server = await loop.create_unix_server(self._session, sock=sock, backlog=BACKLOG, **KEEP_FILE)
             else:
