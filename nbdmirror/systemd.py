@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import os
+import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,14 +28,15 @@ _FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 _NBD: Final = "nbd"
 _CONTROL: Final = "control"
-_UNKNOWN: Final = "unknown"
+# Where libnbd makes the socket of a captive server. Nothing else tells it from a service manager with one socket.
+_LIBNBD: Final = re.compile(r".*/libnbd\w{6}/sock")
 
 
 @dataclass(frozen=True, slots=True)
 class Activated:
     """The sockets that were passed, by purpose.
 
-    `is_captive` says that an NBD client has started us for itself: so libnbd does, with one Unix socket and no name.
+    `is_captive` says that a client has started us for itself, as libnbd does for `[ COMMAND ]`: standard output is its own.
     """
 
     nbd: tuple[ServerSocket, ...] = ()
@@ -57,7 +59,7 @@ def take_sockets(environment: MutableMapping[str, str]) -> Activated:
     found: dict[str, list[ServerSocket]] = {_NBD: [], _CONTROL: []}
     for fd, purpose in zip(fds, purposes, strict=True):
         found[purpose].append(ServerSocket(_listening_socket(fd, purpose)))
-    is_captive = not names.replace(_UNKNOWN, "") and found[_NBD][0].sock.family == socket.AF_UNIX
+    is_captive = len(fds) == 1 and _LIBNBD.fullmatch(str(found[purposes[0]][0].sock.getsockname())) is not None
     return Activated(tuple(found[_NBD]), tuple(found[_CONTROL]), is_captive)
 
 
@@ -78,7 +80,7 @@ def _purposes(count: int, names: str) -> list[str]:
 
 def _is_no_name(name: str) -> bool:
     """Whether nobody chose it: sd_listen_fds_with_names(3) has "unknown", systemd the name of the socket's unit."""
-    return name in ("", _UNKNOWN) or name.endswith(".socket")
+    return name in ("", "unknown") or name.endswith(".socket")
 
 
 def _listening_socket(fd: int, purpose: str) -> socket.socket:

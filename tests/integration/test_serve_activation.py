@@ -41,8 +41,8 @@ def size_of(uri: str) -> int:
 # --- what is passed is served ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", ["nbd", "nbdmirror.socket"])
-def test_a_unix_socket_is_served_named_and_left_to_its_owner(disk: Path, sock_dir: Path, names: str) -> None:
+@pytest.mark.parametrize("names", ["nbd", "nbdmirror.socket", "unknown", "", None])
+def test_a_unix_socket_is_served_named_and_left_to_its_owner(disk: Path, sock_dir: Path, names: str | None) -> None:
     path = sock_dir / "s"
     with listening_unix(path) as sock, serving(disk, "-x", "a", tcp=True, **passed(sock, names=names)) as daemon:
         assert daemon.uri == f"nbd+unix:///a?socket={path}"
