@@ -8,15 +8,13 @@ Rules:
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
-import traceback
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from nbdmirror import __version__
+from nbdmirror.cli.logs import log_options, logging_to_stderr, say_failure
 from nbdmirror.cli.options import FAILED, INTERRUPTED, USAGE
 from nbdmirror.errors import NbdMirrorError, UsageError
 
@@ -66,17 +64,18 @@ class _Commands(click.Group):
     cls=_Commands,
     context_settings={"auto_envvar_prefix": "NBDMIRROR", "help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
-@click.option("-v", "--verbose", count=True, help="Log more; twice for debugging. Shows tracebacks.")
-@click.option("-q", "--quiet", is_flag=True, help="Log errors only.")
-@click.version_option(__version__, "-V", "--version", prog_name="nbdmirror", message="%(prog)s %(version)s")
-def cli(verbose: int, quiet: bool) -> None:  # noqa: FBT001
+@log_options
+def cli() -> None:
     """Serve a disk over NBD and mirror it to another host while it is in use."""
-    level = logging.ERROR if quiet else (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(level=level, format="nbdmirror: %(message)s", stream=sys.stderr)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; returns the exit status."""
+    with logging_to_stderr():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         result = cli.main(args=list(arguments), prog_name="nbdmirror", standalone_mode=False)
     except click.exceptions.Exit as end:
@@ -105,7 +104,5 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _failed(message: str, status: int) -> int:
-    if logging.getLogger().isEnabledFor(logging.INFO):
-        traceback.print_exc()
-    click.echo(f"nbdmirror: {message}", err=True)
+    say_failure(message)
     return status

@@ -7,6 +7,7 @@ Exit statuses: 0 done, 1 failed, 2 wrong usage or configuration, 124 timed out, 
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
@@ -40,7 +41,21 @@ class Size(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Word(click.ParamType[str]):
+    """One value of a repeatable option: an environment variable has several of them, quoted as for a shell."""
+
+    name = "text"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """See click."""
+        try:
+            return shlex.split(rv)
+        except ValueError as error:
+            raise UsageError(f"{rv!r} in an environment variable: {error}; quote its words as for a shell") from None
+
+
 SIZE: Final = Size()
+WORD: Final = Word()
 
 qmp_option = click.option(
     "--qmp",

@@ -177,8 +177,10 @@ class FileDevice(BlockDevice):
     def _zero_allocated(self, offset: int, length: int, flags: int) -> None:
         if self._try_fallocate(linux.FALLOC_ZERO_RANGE, offset, length):
             return
-        # tmpfs lacks ZERO_RANGE, but a punched range can be allocated again, and reads as zeroes then.
-        if self._try_fallocate(linux.FALLOC_PUNCH_HOLE, offset, length) and self._try_fallocate(0, offset, length):
+        # tmpfs lacks ZERO_RANGE, but a punched range can be allocated again, and reads as zeroes then. That clears every page,
+        # and where it is not possible (ext2) the content has gone by the time that is known: never with FAST_ZERO.
+        punch = linux.FALLOC_PUNCH_HOLE
+        if not flags & FAST_ZERO and self._try_fallocate(punch, offset, length) and self._try_fallocate(0, offset, length):
             return
         self._write_zeroes(offset, length, flags)
 

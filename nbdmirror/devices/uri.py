@@ -45,7 +45,7 @@ _SCHEMES: Final[dict[str, tuple[Transport, bool]]] = {
     "nbds+unix": ("unix", True),
     "nbds+vsock": ("vsock", True),
 }
-_TLS_PARAMETERS: Final = frozenset({"tls-certificates", "tls-psk-file", "tls-hostname", "tls-verify-peer"})
+_TLS_PARAMETERS: Final = frozenset({"tls-certificates", "tls-psk-file", "tls-hostname", "tls-type", "tls-verify-peer"})
 # Left as they are where a URI is printed: allowed there by RFC 3986, and taken literally by every client.
 _SAFE_IN_PATH: Final = "/:@!$,;=~-._"
 _SAFE_IN_QUERY: Final = "/:@,~-._"
@@ -189,6 +189,11 @@ def _parse_query(text: str, query: str, transport: Transport, tls: bool) -> dict
         raise _refusal(text, "a Unix socket is named by its path: add ?socket=PATH")
     if transport != "unix" and "socket" in parameters:
         raise _refusal(text, "socket= goes with nbd+unix:///EXPORT?socket=PATH")
+    kind, has_key = parameters.pop("tls-type", "").lower(), "tls-psk-file" in parameters
+    if kind == "psk" and not has_key:
+        raise _refusal(text, "a pre-shared key is in a file: add tls-psk-file=FILE")
+    if kind not in ("", "psk" if has_key else "x509"):
+        raise _refusal(text, f"tls-type={kind} is not possible here; with certificates it is x509, with tls-psk-file=FILE psk")
     if parameters.pop("tls-verify-peer", "1").lower() not in {"1", "true", "yes", "on"}:
         raise _refusal(text, "the server is always verified; leave tls-verify-peer out")
     return parameters

@@ -15,21 +15,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nbdmirror.errors import InactiveError, NbdMirrorError
 from nbdmirror.qmp.connection import Answered, Command, QmpConnection
 from nbdmirror.qmp.messages import ErrorClass, QmpError, Timestamp, encode_event
-from nbdmirror.sockets import listen_unix, remove_unix
+from nbdmirror.sockets import KEEP_FILE, listen_unix
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable
+    from pathlib import Path
 
     from nbdmirror.qmp.registry import Registry
+    from nbdmirror.sockets import ServerSocket
 
 _log = logging.getLogger(__name__)
 
@@ -40,27 +39,11 @@ _ENOUGH_UNREAD: Final = 64 * 1024
 _READ_SIZE: Final = 64 * 1024
 # How long a client has at the end to take what was queued for it.
 _GOODBYE_SECONDS: Final = 1.0
-# From 3.13 on asyncio unlinks a socket's file by itself, that of a socket it was given too.
-_KEEP_FILE: Final[dict[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-
-
-def _identify(path: Path) -> tuple[Path, tuple[int, int] | None]:
-    """What finds this file again at the end, wherever the daemon stands then."""
-    return path.absolute(), _inode(path)
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 class _Listener(NamedTuple):
     server: asyncio.Server
-    path: Path | None
-    inode: tuple[int, int] | None
+    socket: ServerSocket
 
 
 class Monitor:
@@ -82,20 +65,16 @@ class Monitor:
 
     async def listen(self, path: str | Path) -> None:
         """Listen on one more socket; raises ListenError or UsageError, naming the path, where that can't be."""
-        sock = listen_unix(str(path))
-        await self._listen(sock, *_identify(Path(path)))
+        await self.listen_on(listen_unix(str(path)))
 
-    async def listen_on(self, sock: socket.socket) -> None:
-        """Listen on a stream socket that somebody else has made, and will clean up (socket activation)."""
-        await self._listen(sock, None, None)
-
-    async def _listen(self, sock: socket.socket, path: Path | None, inode: tuple[int, int] | None) -> None:
-        sock.setblocking(False)
-        where = str(path or sock.getsockname())
+    async def listen_on(self, server_socket: ServerSocket) -> None:
+        """Listen on a Unix socket that is there already (socket activation); it is closed with the monitor."""
+        sock = server_socket.sock
+        where = str(sock.getsockname())
         server = await asyncio.start_unix_server(
-            lambda r, w: self._serve(where, r, w), sock=sock, limit=_READ_SIZE, **_KEEP_FILE
+            lambda r, w: self._serve(where, r, w), sock=sock, limit=_READ_SIZE, **KEEP_FILE
         )
-        self._listeners.append(_Listener(server, path, inode))
+        self._listeners.append(_Listener(server, server_socket))
 
     async def _serve(self, where: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         client = _Client(self, where, reader, writer)
@@ -123,9 +102,9 @@ class Monitor:
         """Stop listening, let clients take what is queued for them, close. Commands in progress are cancelled."""
         self.closed = True
         for listener in self._listeners:
+            listener.socket.remove_file()
             listener.server.close()
-            if listener.path is not None and _inode(listener.path) == listener.inode:
-                remove_unix(str(listener.path))
+            listener.socket.close()
         self._listeners.clear()
         # A handler that closes its own monitor must not wait for itself: its client is answered, and ends after that.
         tasks = [task for task in self._clients.values() if task is not asyncio.current_task()]

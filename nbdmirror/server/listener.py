@@ -1,9 +1,9 @@
-"""Listener: accepts clients on one socket and knows the sessions it has started.
+"""Listener: accepts clients on its sockets and knows the sessions it has started.
 
 Rules:
 1. Closing stops accepting first, then lets every session finish what it accepted. Clients that are still there then have
    a moment to hear that the server shuts down and to say goodbye; then they are hung up on.
-2. With a limit on clients, one too many is hung up on at once, with a log line.
+2. With a limit on clients, whichever socket they come by, one too many is hung up on at once, with a log line.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Final
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
 from nbdmirror.server.tls import NO_TLS
-from nbdmirror.sockets import listen_tcp, listen_unix, remove_unix
+from nbdmirror.sockets import BACKLOG, KEEP_FILE, for_loop, listen_tcp, listen_unix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from nbdmirror.server.access import Access
     from nbdmirror.server.export import Export
     from nbdmirror.server.tls import Tls
+    from nbdmirror.sockets import ServerSocket
 
 _log: Final = logging.getLogger(__name__)
 _CLOSE_SECONDS: Final = 30.0
@@ -32,11 +33,14 @@ _FAREWELL_SECONDS: Final = 0.25
 
 
 class Listener:
-    """One listening socket. `max_clients` 0 means no limit; `farewell` is what clients get at the end, in seconds."""
+    """Some listening sockets, which are closed with it.
+
+    `max_clients` 0 means no limit; `farewell` is what clients get at the end, in seconds.
+    """
 
     def __init__(
         self,
-        sock: socket.socket,
+        sockets: Sequence[ServerSocket],
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
@@ -44,20 +48,19 @@ class Listener:
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
     ) -> None:
-        self._sock = sock
+        self._sockets = sockets
         self._exports = exports
         self._max_clients = max_clients
         self._farewell = farewell
         self._tls = tls
         self._access = access
         self._sessions: set[Session] = set()
-        self._server: asyncio.Server | None = None
-        self._path = sock.getsockname() if sock.family == socket.AF_UNIX else None
+        self._servers: list[asyncio.Server] = []
 
     @classmethod
     def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0, tls: Tls = NO_TLS) -> Listener:
         """Listen on a Unix socket."""
-        return cls(listen_unix(path), exports, max_clients=max_clients, tls=tls)
+        return cls([listen_unix(path)], exports, max_clients=max_clients, tls=tls)
 
     @classmethod
     def tcp(
@@ -71,21 +74,24 @@ class Listener:
         access: Access = EVERYBODY,
     ) -> Listener:
         """Listen on TCP."""
-        return cls(listen_tcp(host, port), exports, max_clients=max_clients, tls=tls, access=access)
+        return cls([listen_tcp(host, port)], exports, max_clients=max_clients, tls=tls, access=access)
 
     @property
     def address(self) -> tuple[str, int] | str:
-        """The path of a Unix socket, or host and port."""
-        name = self._sock.getsockname()
+        """The path of a Unix socket, or host and port; of the first socket where there are several."""
+        name = self._sockets[0].sock.getsockname()
         return name if isinstance(name, str) else (name[0], name[1])
 
     async def start(self) -> None:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
-        if self._path is not None:
-            self._server = await loop.create_unix_server(self._session, sock=self._sock)
-        else:
-            self._server = await loop.create_server(self._session, sock=self._sock)
+        for each in self._sockets:
+            sock = for_loop(each.sock)
+            if sock.family == socket.AF_UNIX:
+                server = await loop.create_unix_server(self._session, sock=sock, backlog=BACKLOG, **KEEP_FILE)
+            else:
+                server = await loop.create_server(self._session, sock=sock, backlog=BACKLOG)
+            self._servers.append(server)
 
     def _session(self) -> asyncio.BaseProtocol:
         if self._max_clients and len(self._sessions) >= self._max_clients:
@@ -97,11 +103,12 @@ class Listener:
 
     async def aclose(self) -> None:
         """Stop accepting, finish what was accepted, close."""
-        if self._server is not None:
-            self._server.close()
-        self._sock.close()
-        if self._path is not None:
-            remove_unix(self._path)
+        for each in self._sockets:
+            each.remove_file()
+        for server in self._servers:
+            server.close()
+        for each in self._sockets:
+            each.close()
         sessions = list(self._sessions)
         for session in sessions:
             session.shut_down()

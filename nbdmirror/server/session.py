@@ -198,7 +198,7 @@ class Session(asyncio.BufferedProtocol):
 
     def _is_admitted(self, transport: asyncio.BaseTransport) -> bool:
         peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple) and not self._access.admits_address(peer[0].partition("%")[0]):
+        if isinstance(peer, tuple) and not self._access.admits_address(str(peer[0]).partition("%")[0]):
             _log.warning("%s: its address is not among those allowed; refused", self._peer)
             self._abort()
             return False

@@ -20,6 +20,7 @@ from nbdmirror.errors import DeviceError, InactiveError, ListenError, NotFoundEr
 from nbdmirror.qmp.messages import ErrorClass, QmpError
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
+from nbdmirror.sockets import ServerSocket
 from tests.unit.qmp.qmp_cases import ARGUMENTS, NEGOTIATED, UNNEGOTIATED, VERSION
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ async def test_a_socket_that_somebody_else_made(tmp_path: Path) -> None:
         given.bind(path)
         given.listen()
         monitor = Monitor(Registry(VERSION))
-        await monitor.listen_on(given)
+        await monitor.listen_on(ServerSocket(given))
         async with raw_client(path):
             pass
         await monitor.aclose()

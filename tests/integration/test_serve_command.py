@@ -55,8 +55,10 @@ def test_the_service_manager_is_told(disk: Path, sock_dir: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(sock_dir / "notify"))
         manager.settimeout(20)
-        with serving(disk, env={"NOTIFY_SOCKET": str(sock_dir / "notify")}):
+        with serving(disk, env={"NOTIFY_SOCKET": str(sock_dir / "notify")}) as daemon:
             assert manager.recv(1000) == b"READY=1"
+            assert daemon.terminate() == 0
+            assert manager.recv(1000) == b"STOPPING=1"
 
 
 def test_pid_file_is_there_while_it_runs(disk: Path, tmp_path: Path) -> None:
@@ -153,7 +155,8 @@ def test_a_socket_of_a_living_daemon_is_left_alone(disk: Path, sock_dir: Path) -
             assert (result.returncode, result.stdout) == (1, "")
             (line,) = result.stderr.splitlines()
             assert f"'{args[-1]}'" in line
-            assert "another process is listening there" in line
+            assert f"process {daemon.pid} (" in line
+            assert "is listening there; stop it" in line
             assert not (sock_dir / "other").exists()
         assert run("nbdinfo", "--size", daemon.uri).strip() == str(MiB)
         assert run_cli("status", "--qmp", daemon.control).returncode == 0

@@ -27,7 +27,7 @@ SIZE = 1 << 20
 
 @asynccontextmanager
 async def listening(device: MemoryDevice, sock_dir: Path, *, farewell: float = TIMEOUT) -> AsyncIterator[Listener]:
-    listener = Listener(listen_unix(str(sock_dir / "sock")), {"": Export("", device)}, farewell=farewell)
+    listener = Listener([listen_unix(str(sock_dir / "sock"))], {"": Export("", device)}, farewell=farewell)
     await listener.start()
     try:
         yield listener

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -288,13 +287,6 @@ def test_certificates_that_no_client_would_accept(refused: Refused, pki: Path, d
     line = refused(disk, *tcp(pki, server=kind))
     assert f"'{pki / kind}/server-cert.pem'" in line
     assert reason in line
-
-
-def test_keys_need_a_newer_python(refused: Refused, disk: Path, tmp_path: Path) -> None:
-    keys = tmp_path / "keys.psk"
-    keys.write_text("alice:00112233\n")
-    if sys.version_info < (3, 13):
-        assert "need Python 3.13" in refused(disk, "-p", "0", "--tls-psk", keys)
 
 
 def test_other_hosts_need_tls_required(refused: Refused, pki: Path, disk: Path) -> None:

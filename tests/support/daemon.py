@@ -157,18 +157,20 @@ def serving(
     qmp: bool = False,
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
 ) -> Iterator[Daemon]:
     """`nbdmirror OPTIONS serve DISK ... ARGS`, ready.
 
     It listens on `socket`, or on one in a directory of its own, or with `tcp` where ARGS say; `qmp` adds a control socket.
+    `prefix` is a command that runs it, and becomes it.
     """
     # Not pytest's tmp_path: its name is often too long for a socket's path.
     with tempfile.TemporaryDirectory(prefix="nbdm-") as name:
         directory = Path(name)
         path = None if tcp else socket or directory / "nbd"
         control = directory / "qmp" if qmp else None
-        argv = [*_PYTHON, *options, "serve", str(disk)]
+        argv = [*prefix, *_PYTHON, *options, "serve", str(disk)]
         argv += ["-k", str(path)] if path else []
         argv += ["--qmp", str(control)] if control else []
         log = directory / "log"

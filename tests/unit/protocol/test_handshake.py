@@ -227,6 +227,16 @@ def test_unknown_and_repeated_information_requests_are_ignored() -> None:
     assert len(replies(linked, info("disk", [77] * 65535))) == 3
 
 
+@pytest.mark.parametrize("before", [b"", STRUCTURED])
+def test_go_says_what_info_said(before: bytes) -> None:
+    linked = pair(export("disk", 12345, description="the big one", minimum_block=512))
+    linked.say(before)
+    linked.client.option_replies()
+    asked = [Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE]
+    said, said_again = (replies(linked, go("disk", asked, number=number)) for number in (Option.INFO, Option.GO))
+    assert [each.data for each in said] == [each.data for each in said_again]
+
+
 def test_df_is_only_offered_with_structured_replies() -> None:
     linked = pair()
     linked.say(STRUCTURED)

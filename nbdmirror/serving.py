@@ -1,0 +1,172 @@
+"""What `serve` was asked for, and what follows from it: where to listen, how to speak TLS, whom to let in.
+
+Rules:
+1. Options that contradict each other are a UsageError that names both, before anything is opened or listens.
+2. What would serve the disk to more people than was asked for is refused: the open network without TLS needs --insecure.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from nbdmirror.devices.uri import DEFAULT_PORT, NbdEndpoint
+from nbdmirror.errors import UsageError
+from nbdmirror.protocol.constants import MAX_STRING, TlsMode
+from nbdmirror.server.access import Access, parse_network
+from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
+from nbdmirror.sockets import listen_tcp, listen_unix, listen_vsock, vsock_cid
+from nbdmirror.systemd import Activated
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from nbdmirror.sockets import ServerSocket
+
+_LOOPBACK: Final = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What `serve` was asked for.
+
+    At most one of `socket_path`, `port` (with `bind`) and `vsock` (CID or None for any, and port) is set, and none
+    with sockets for NBD that were passed; without any it is TCP on this host. File descriptors: `ready_fd`
+    gets the READY line, `background_fd`, too, once stdio has been left behind, and `parent_fd` is readable at the parent's end.
+    """
+
+    disk: str
+    socket_path: str | None = None
+    port: int | None = None
+    bind: str | None = None
+    vsock: tuple[int | None, int] | None = None
+    activated: Activated = field(default_factory=Activated)
+    insecure: bool = False
+    export_name: str = ""
+    description: str = ""
+    read_only: bool = False
+    max_clients: int = 0
+    node_name: str = "source"
+    qmp_paths: tuple[str, ...] = ()
+    run: str | None = None
+    ready_fd: int | None = None
+    background_fd: int | None = None
+    parent_fd: int | None = None
+    pid_file: str | None = None
+    tls: TlsMode | None = None
+    tls_certificates: str | None = None
+    tls_verify_peer: bool = False
+    tls_psk: str | None = None
+    allow_ip: tuple[str, ...] = ()
+    allow_dn: tuple[str, ...] = ()
+
+    @property
+    def is_tcp(self) -> bool:
+        """Whether every client comes by TCP."""
+        if self.activated.nbd:
+            return all(_is_tcp(each) for each in self.activated.nbd)
+        return self.socket_path is None and self.vsock is None
+
+
+def check_names(options: ServeOptions) -> None:
+    """Raises UsageError where the options say two things at once of where to listen, or too much of what is served."""
+    given = {
+        "-k": options.socket_path is not None,
+        "-p": options.port is not None,
+        "-b": options.bind is not None,
+        "--vsock": options.vsock is not None,
+    }
+    named = [option for option, is_given in given.items() if is_given]
+    if named and options.activated.nbd:
+        raise UsageError(f"{' and '.join(named)}: the service manager has passed a socket to listen on; leave it out")
+    if len(named) > 1 and named != ["-p", "-b"]:
+        raise UsageError(f"{' and '.join(named)} exclude each other: a Unix socket (-k), TCP (-p, -b) or a vsock (--vsock)")
+    if options.socket_path is not None and options.socket_path in options.qmp_paths:
+        raise UsageError(f"'{options.socket_path}' can't be both the NBD socket and a control socket")
+    if max(len(options.export_name.encode()), len(options.description.encode())) > MAX_STRING:
+        raise UsageError(f"export name and description are at most {MAX_STRING} bytes each")
+
+
+def server_sockets(options: ServeOptions) -> Sequence[ServerSocket]:
+    """The sockets to serve NBD on, listening. Raises UsageError and ListenError."""
+    if options.activated.nbd:
+        return options.activated.nbd
+    if options.socket_path is not None:
+        return [listen_unix(options.socket_path)]
+    if options.vsock is not None:
+        return [listen_vsock(*options.vsock)]
+    port = DEFAULT_PORT if options.port is None else options.port
+    return [listen_tcp(options.bind or _LOOPBACK, port)]
+
+
+def endpoint_of(server: ServerSocket, export: str, *, tls: bool) -> NbdEndpoint:
+    """Where clients find an export of a listening socket."""
+    address = server.sock.getsockname()
+    if server.sock.family == socket.AF_UNIX:
+        endpoint = NbdEndpoint.unix(str(Path(address).absolute()), export)
+    elif _is_tcp(server):
+        endpoint = NbdEndpoint.tcp(address[0], address[1], export)
+    else:
+        endpoint = NbdEndpoint("vsock", host=str(vsock_cid(server.sock)), port=address[1], export=export)
+    return replace(endpoint, tls=tls)
+
+
+def tls_of(options: ServeOptions) -> Tls:
+    """How to speak TLS, if at all. Who names certificates or keys wants TLS required, unless they say otherwise."""
+    has_identity = options.tls_certificates is not None or options.tls_psk is not None
+    mode = options.tls or (TlsMode.REQUIRE if has_identity else TlsMode.OFF)
+    if options.tls_certificates is not None and options.tls_psk is not None:
+        raise UsageError("--tls-certificates and --tls-psk exclude each other")
+    if mode is TlsMode.OFF and has_identity:
+        raise UsageError("--tls off contradicts --tls-certificates and --tls-psk; leave one of them out")
+    if mode is not TlsMode.OFF and not has_identity:
+        raise UsageError(f"--tls {mode.value} needs --tls-certificates DIR or --tls-psk FILE")
+    if options.tls_verify_peer and options.tls_certificates is None:
+        raise UsageError("--tls-verify-peer verifies certificates: it needs --tls-certificates DIR")
+    if options.tls_certificates is not None:
+        return Tls(mode, certificate_context(options.tls_certificates, verify_peer=options.tls_verify_peer))
+    return NO_TLS if options.tls_psk is None else Tls(mode, psk_context(options.tls_psk))
+
+
+def access_of(options: ServeOptions) -> Access:
+    """Who may connect. What would let somebody past a list is refused."""
+    if options.allow_ip and not options.is_tcp:
+        raise UsageError("--allow-ip goes with TCP: clients of a Unix socket or a vsock have no IP address")
+    if options.allow_dn and not options.tls_verify_peer:
+        raise UsageError("--allow-dn looks at clients' certificates: it needs --tls-verify-peer")
+    if options.allow_dn and options.tls is TlsMode.ON:
+        raise UsageError("--allow-dn needs --tls require: with --tls on, clients may come without a certificate")
+    return Access(tuple(map(parse_network, options.allow_ip)), options.allow_dn)
+
+
+def check_exposure(options: ServeOptions, tls: Tls) -> None:
+    """Raises UsageError where anybody on the network could read and write the disk (rule 2)."""
+    if options.insecure or tls.mode is TlsMode.REQUIRE:
+        return
+    for address in _tcp_addresses(options):
+        if not _is_loopback(address):
+            raise UsageError(
+                f"serving on {address} without TLS lets anybody on the network read and write the disk; "
+                "bind to 127.0.0.1, require TLS with --tls-certificates, or add --insecure if the network is yours alone"
+            )
+
+
+def _tcp_addresses(options: ServeOptions) -> Iterable[str]:
+    if options.activated.nbd:
+        return [each.sock.getsockname()[0] for each in options.activated.nbd if _is_tcp(each)]
+    return [options.bind or _LOOPBACK] if options.is_tcp else []
+
+
+def _is_tcp(server: ServerSocket) -> bool:
+    return server.sock.family in (socket.AF_INET, socket.AF_INET6)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether every address of `host` is this machine's own; one that has none is refused by who listens on it."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return True
+    return all(str(address[4][0]).startswith("127.") or address[4][0] == "::1" for address in found)
