@@ -3,8 +3,9 @@
 Rules:
 1. Nothing is reported as ready before it listens; what can't be set up is a UsageError or DeviceError before anything listens.
 2. The end, by signal, `quit`, the end of the `--run` command or of the parent process, is one path: jobs are cancelled,
-   clients' accepted requests are finished, the disk is flushed, sockets and the pid file are removed.
+   clients' accepted requests are finished, the disks are flushed, sockets and the pid file are removed.
 3. Whatever was created is removed, also when the setting up fails half way.
+4. A reload, by SIGHUP, is checked whole before anything changes. What was wrong, and what can't change, is logged.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shlex
 import signal
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,22 +24,20 @@ from nbdmirror import __version__, systemd
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
 from nbdmirror.commands.job import JobCommands
-from nbdmirror.devices.file import FileDevice
-from nbdmirror.devices.open import open_device
+from nbdmirror.disks import Disks
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
-from nbdmirror.inventory import Inventory, Node
+from nbdmirror.inventory import Inventory
 from nbdmirror.launch import check_writable, pid_file, tell_background, write_line
 from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
-from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener
-from nbdmirror.serving import access_of, check_exposure, check_names, endpoint_of, server_sockets, tls_of
+from nbdmirror.serving import FIXED, access_of, check_exposure, check_names, endpoint_of, server_sockets, tls_of
 
 if TYPE_CHECKING:
     from nbdmirror.devices.uri import NbdEndpoint
-    from nbdmirror.serving import ServeOptions
+    from nbdmirror.serving import ServeOptions, Source
 
 _log: Final = logging.getLogger(__name__)
 
@@ -46,26 +46,29 @@ QMP_VERSION: Final = Version(10, 1, 0, f"nbdmirror {__version__}")
 _JOIN_SECONDS: Final = 10.0
 
 
-async def serve(options: ServeOptions) -> int:
-    """Serve until told to stop; returns the exit status."""
+async def serve(options: ServeOptions, source: Source | None = None) -> int:
+    """Serve until told to stop; returns the exit status. Where there is a `source`, SIGHUP asks it for other options."""
     async with AsyncExitStack() as stack:
-        daemon = Daemon(options)
+        daemon = Daemon(options, source)
         await daemon.set_up(stack)
         return await daemon.wait()
 
 
 class Daemon:
-    """One disk, its export, its control sockets."""
+    """The disks, their exports, the control sockets."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, source: Source | None) -> None:
         check_names(options)
         self._options = options
+        self._source = source
         self._access = access_of(options)
         self._tls = tls_of(options)
         self._inventory = Inventory()
+        self._disks = Disks(self._inventory)
         self._registry = Registry(QMP_VERSION)
         self._monitor = Monitor(self._registry)
         self._stop = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
         self._reason = "host-qmp-quit"
         self._exit_status = 0
         self._endpoints: list[NbdEndpoint] = []
@@ -76,20 +79,17 @@ class Daemon:
         check_exposure(options, self._tls)
         if options.ready_fd is not None:
             check_writable(options.ready_fd)
-        inventory.check_node_name(options.node_name)
-        disk = await open_device(options.disk, read_only=options.read_only)
+        if options.log_level is not None:
+            logging.getLogger().setLevel(options.log_level.upper())
         stack.push_async_callback(self._close_nodes)
+        await self._disks.serve(options.disks)
         self._watch(stack)  # before there is anything that a signal could leave behind
-        node = inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
-        inventory.exports[options.export_name] = Export(
-            options.export_name, node.device, description=options.description, read_only=options.read_only
-        )
         BlockCommands(inventory).register(self._registry)
         JobCommands(inventory, self._monitor.emit).register(self._registry)
         ControlCommands(self._stop.set).register(self._registry)
         stack.push_async_callback(self._monitor.aclose)
         listener = self._listen(stack)
-        inventory.own_uris.update(endpoint.uri for endpoint in self._endpoints)
+        self._note_uris()
         for path in options.qmp_paths:
             await self._monitor.listen(path)
         for passed in options.activated.control:
@@ -97,6 +97,8 @@ class Daemon:
         stack.push_async_callback(self._end_jobs)
         if options.pid_file is not None:
             stack.enter_context(pid_file(options.pid_file))
+        if self._source is not None:
+            self._reload_at_hangup(stack, self._source, listener)
         await listener.start()
         self._say_ready()
 
@@ -116,16 +118,21 @@ class Daemon:
     def _listen(self, stack: AsyncExitStack) -> Listener:
         options = self._options
         sockets = server_sockets(options)
-        exports, limit = self._inventory.exports, options.max_clients
+        exports, limit = self._disks.exports, options.max_clients
         listener = Listener(sockets, exports, max_clients=limit, tls=self._tls, access=self._access)
         stack.push_async_callback(listener.aclose)
         tls = self._tls.mode is TlsMode.REQUIRE
-        self._endpoints = [endpoint_of(each, options.export_name, tls=tls) for each in sockets]
+        self._endpoints = [endpoint_of(each, options.disks[0].export_name, tls=tls) for each in sockets]
         return listener
+
+    def _note_uris(self) -> None:
+        """Let the inventory know where its own exports can be reached."""
+        uris = {replace(each, export=name).uri for each in self._endpoints for name in self._disks.exports}
+        self._inventory.own_uris = uris
 
     @property
     def _uri(self) -> str:
-        """Where the disk is served; the first place where there are several."""
+        """Where the first disk is served, at the first place where there are several."""
         return self._endpoints[0].uri
 
     def _watch(self, stack: AsyncExitStack) -> None:
@@ -145,6 +152,54 @@ class Daemon:
     def _on_signal(self) -> None:
         self._reason = "host-signal"
         self._stop.set()
+
+    # --- reloading -------------------------------------------------------------------------------------------------
+
+    def _reload_at_hangup(self, stack: AsyncExitStack, source: Source, listener: Listener) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        task = asyncio.get_running_loop().create_task(self._keep_reloading(source, listener))
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait((task,))
+
+        stack.push_async_callback(end)
+
+    async def _keep_reloading(self, source: Source, listener: Listener) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            systemd.notify_reloading()
+            try:
+                with source.blamed():
+                    await self._reload(source.read(), listener)
+            except NbdMirrorError as error:
+                _log.error("reload: everything stays as it was: %s", error)
+            except Exception:
+                _log.exception("reload: failed because of a fault in nbdmirror")
+            systemd.notify("READY=1")
+
+    async def _reload(self, wanted: ServeOptions, listener: Listener) -> None:
+        """Do as these options say from now on; raises NbdMirrorError, and then nothing has changed."""
+        check_names(wanted)
+        access, tls = access_of(wanted), tls_of(wanted)
+        check_exposure(wanted, tls)
+        await self._disks.serve(wanted.disks)
+        fixed = [name for field, name in FIXED.items() if getattr(wanted, field) != getattr(self._options, field)]
+        if tls.mode is self._tls.mode:
+            self._tls = tls
+        else:
+            fixed.append("tls.mode")
+        for name in fixed:
+            _log.warning("reload: %s counts from the next start on", name)
+        self._access = access
+        listener.change(max_clients=wanted.max_clients, tls=self._tls, access=access)
+        if wanted.log_level is not None:
+            logging.getLogger().setLevel(wanted.log_level.upper())
+        self._note_uris()
+        _log.info("reloaded; exports: %s", ", ".join(map(repr, self._disks.exports)))
+
+    # --- parts -----------------------------------------------------------------------------------------------------
 
     def _say_ready(self) -> None:
         line, options = f"READY {self._uri}\n", self._options
@@ -208,9 +263,3 @@ class Daemon:
                 _log.error("what was written last may not be durable: %s", error or f"{node.disk.name} does not answer")
                 self._exit_status = self._exit_status or 1
             await node.disk.aclose()
-
-
-def _driver_of(disk: object) -> str:
-    if not isinstance(disk, FileDevice):
-        return "nbd"
-    return "host_device" if disk.is_block else "file"

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -107,6 +108,11 @@ def _check(sock: socket.socket, purpose: str) -> None:
         raise UsageError(f"{what} is neither a Unix socket nor TCP nor a vsock")
     if purpose == _NBD and sock.family == socket.AF_UNIX and not isinstance(sock.getsockname(), str):
         raise UsageError(f"{what} has an abstract name, which no NBD URI can say; give it a path")
+
+
+def notify_reloading() -> None:
+    """Say that a reload begins; READY=1 ends it."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def notify(state: str) -> None:

@@ -82,6 +82,10 @@ class Listener:
         name = self._sockets[0].sock.getsockname()
         return name if isinstance(name, str) else (name[0], name[1])
 
+    def change(self, *, max_clients: int, tls: Tls, access: Access) -> None:
+        """Meet clients that come from now on by these."""
+        self._max_clients, self._tls, self._access = max_clients, tls, access
+
     async def start(self) -> None:
         """Begin to accept."""
         loop = asyncio.get_running_loop()
