@@ -95,6 +95,7 @@ class Daemon:
         for passed in options.activated.control:
             await self._monitor.listen_on(passed)
         stack.push_async_callback(self._end_jobs)
+        await self._serve_metrics(stack)
         if options.pid_file is not None:
             stack.enter_context(pid_file(options.pid_file))
         if self._source is not None:
@@ -124,6 +125,18 @@ class Daemon:
         tls = self._tls.mode is TlsMode.REQUIRE
         self._endpoints = [endpoint_of(each, options.disks[0].export_name, tls=tls) for each in sockets]
         return listener
+
+    async def _serve_metrics(self, stack: AsyncExitStack) -> None:
+        options = self._options
+        if options.metrics is None and not options.activated.metrics:
+            return
+        from nbdmirror.metrics import collector, endpoint  # noqa: PLC0415  only who wants it waits for it
+
+        registry = collector.registry(self._disks.exports.values, self._inventory)
+        sockets = options.activated.metrics or [endpoint.listen(str(options.metrics))]
+        metrics = endpoint.MetricsEndpoint(registry, sockets)
+        stack.push_async_callback(metrics.aclose)
+        await metrics.start()
 
     def _note_uris(self) -> None:
         """Let the inventory know where its own exports can be reached."""

@@ -88,7 +88,7 @@ class Disks:
         users = set[str]().union(*(node.users for node in nodes))
         if export.clients:
             users.add(f"{export.clients} clients" if export.clients > 1 else "a client")
-        elif any(node.device.in_flight for node in nodes):
+        elif export.tally.in_flight:
             users.add("requests of a client that has gone")
         if users:
             _log.warning("export '%s' stays as it is: in use by %s", options.export_name, ", ".join(sorted(users)))

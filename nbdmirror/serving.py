@@ -118,6 +118,8 @@ def check_names(options: ServeOptions) -> None:
     named = [option for option, is_given in given.items() if is_given]
     if named and options.activated.nbd:
         raise UsageError(f"{' and '.join(named)}: the service manager has passed a socket to listen on; leave it out")
+    if options.metrics is not None and options.activated.metrics:
+        raise UsageError("--metrics: the service manager has passed a socket for metrics; leave it out")
     if len(named) > 1 and named != ["-p", "-b"]:
         raise UsageError(f"{' and '.join(named)} exclude each other: a Unix socket (-k), TCP (-p, -b) or a vsock (--vsock)")
     if options.socket_path is not None and options.socket_path in options.qmp_paths:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdmirror.errors import ListenError, UsageError
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterator
 
 # sockaddr_un's sun_path holds 108 bytes, the closing NUL included.
@@ -85,6 +86,12 @@ def for_loop(sock: socket.socket) -> socket.socket:
     if sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return sock
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.detach())
+
+
+def peer_name(transport: asyncio.BaseTransport) -> str:
+    """The other end of a connection, for the log."""
+    peer = transport.get_extra_info("peername")
+    return f"client {peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) > 1 else "client on the Unix socket"
 
 
 # --- Unix ------------------------------------------------------------------------------------------------------------

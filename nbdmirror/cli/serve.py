@@ -93,6 +93,7 @@ class _Vsock(click.ParamType[tuple[int | None, int]]):
 )
 @click.option("--node-name", default=DEFAULT_NODE_NAME, show_default=True, help="The disk's name in the control language.")
 @click.option("--qmp", type=WORD, multiple=True, metavar="PATH", help="A control socket (QMP); repeatable.")
+@click.option("--metrics", metavar="WHERE", help="Metrics for Prometheus at [ADDR:]PORT (ADDR 127.0.0.1), or a socket's path.")
 @click.option("--run", metavar="COMMAND", help="Run COMMAND with $uri and $qmp set; stop when it ends, with its status.")
 @click.option("--fork", is_flag=True, help="Return once it listens, and go on in the background.")
 @click.option("--exit-with-parent", is_flag=True, help="Stop when the process that started it ends.")
@@ -104,7 +105,7 @@ def serve(context: click.Context, /, *, config: str | None, fork: bool, exit_wit
     """Export DISK (a raw file, a block device or an NBD URI), or what a configuration file lists, and track its writes.
 
     Prints "READY URI" once it listens; SIGTERM and SIGINT stop it cleanly. Sockets that a service manager passes
-    (LISTEN_FDS), named nbd or control, are used instead of those that -k, -p and --vsock would make.
+    (LISTEN_FDS), named nbd, control or metrics, are used instead of those that -k, -p and --vsock would make.
     """
     activated = take_sockets(os.environ)
     parent_fd = open_parent() if exit_with_parent else None
@@ -176,6 +177,7 @@ class _Source:
             tls_psk=settings["tls_psk"],
             allow_ip=settings["allow_ip"],
             allow_dn=settings["allow_dn"],
+            metrics=settings["metrics"],
             log_level=None if self._logs_as_told else settings.get("log_level"),
         )
 

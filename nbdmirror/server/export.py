@@ -21,6 +21,7 @@ from nbdmirror.protocol import constants as c
 from nbdmirror.protocol.messages import DONE, Answer, ExportInfo, Opened, ReadReply, Refusal, Request
 from nbdmirror.protocol.transmission import refusal_of
 from nbdmirror.server.contexts import block_status, context_names
+from nbdmirror.server.tally import Tally
 from nbdmirror.units import KiB, MiB
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class Export:
         self.description = description
         self.read_only = read_only or device.capabilities.read_only
         self.clients = 0
+        self.tally = Tally()
 
     def info(self) -> ExportInfo:
         """What a client is told when it opens the export."""

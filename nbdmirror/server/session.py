@@ -39,7 +39,7 @@ from nbdmirror.protocol.receiver import IN_WINDOW
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.export import OpenExport
 from nbdmirror.server.tls import NO_TLS, reason_of, start_tls, subject_of
-from nbdmirror.sockets import widen_unix_send_buffer
+from nbdmirror.sockets import peer_name, widen_unix_send_buffer
 from nbdmirror.units import KiB, MiB
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Session(asyncio.BufferedProtocol):
         """Greet."""
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
-        self._peer = _peer_name(transport)
+        self._peer = peer_name(transport)
         if not self._is_admitted(transport):
             return
         self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
@@ -170,20 +170,14 @@ class Session(asyncio.BufferedProtocol):
         connection = self._connection
         while (event := connection.next_event()) is not None:
             match event:
+                case ExportQuery(name=name) | MetaContextQuery(export=name) if name not in self._exports:
+                    connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
                 case ExportQuery(name=name):
-                    export = self._exports.get(name)
-                    if export is None:
-                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
-                    else:
-                        connection.accept(export.info())
+                    connection.accept(self._exports[name].info())
                 case ListQuery():
                     connection.list_exports([(export.name, export.description) for export in self._exports.values()])
                 case MetaContextQuery(export=name):
-                    export = self._exports.get(name)
-                    if export is None:
-                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
-                    else:
-                        connection.offer_contexts(export.info().contexts)
+                    connection.offer_contexts(self._exports[name].info().contexts)
                 case Opened(info=info):
                     export = self._exports[info.name]
                     export.clients += 1
@@ -241,27 +235,37 @@ class Session(asyncio.BufferedProtocol):
             self._abort()
 
     def _serve_batch(self, opened: OpenExport) -> None:
-        connection, serve_now = self._connection, opened.serve_now
+        connection, serve_now, tally = self._connection, opened.serve_now, opened.export.tally
         next_request, reply = connection.next_request, connection.reply
-        gathered = 0
-        while not self._is_full():
-            request = next_request()
-            if request is None:
-                self._read_on()
-                return
-            if request.command == CMD_DISC:
-                self._closing = True
-                return
-            answer = _TOO_LATE if self._shutting_down else serve_now(request)
-            if answer is None:
-                self._defer(opened, request)
-                continue
-            reply(request, answer)
-            if request.command == CMD_READ:
-                gathered += request.length
-                if gathered > _BATCH_BYTES:
-                    self._send()
-                    gathered = 0
+        reads = read = writes = written = 0
+        early = _BATCH_BYTES
+        try:
+            while not self._is_full():
+                request = next_request()
+                if request is None:
+                    self._read_on()
+                    return
+                if request.command == CMD_DISC:
+                    self._closing = True
+                    return
+                answer = _TOO_LATE if self._shutting_down else serve_now(request)
+                if answer is None:
+                    self._defer(opened, request)
+                    continue
+                reply(request, answer)
+                if type(answer) is Refusal:
+                    tally.add(request, answer)
+                elif request.command == CMD_WRITE:
+                    writes += 1
+                    written += request.length
+                else:
+                    reads += 1
+                    read += request.length
+                    if read > early:
+                        self._send()
+                        early = read + _BATCH_BYTES
+        finally:
+            tally.add_batch(reads, read, writes, written)
         self._read_hold()
 
     def _is_full(self) -> bool:
@@ -273,6 +277,7 @@ class Session(asyncio.BufferedProtocol):
             request = request.detached()
         weight = request.length if request.command in (CMD_READ, CMD_WRITE) else 0
         self._bytes_in_flight += weight
+        opened.export.tally.in_flight += 1
         task = asyncio.get_running_loop().create_task(self._serve(opened, request, weight))
         self._tasks.add(task)
 
@@ -280,11 +285,13 @@ class Session(asyncio.BufferedProtocol):
         try:
             answer = await opened.serve(request)
             self._connection.reply(request, answer)
+            opened.export.tally.add(request, answer)
         except Exception:
             _log.exception("%s: dropped because of a fault in the server while serving %r", self._peer, request)
             self._abort()
         finally:
             self._bytes_in_flight -= weight
+            opened.export.tally.in_flight -= 1
             task = asyncio.current_task()
             assert task is not None
             self._tasks.discard(task)
@@ -391,8 +398,3 @@ def _unsent(out: list[bytes | bytearray | memoryview], sent: int) -> list[bytes 
             return [memoryview(piece)[sent:], *out[index + 1 :]]
         sent -= len(piece)
     return []
-
-
-def _peer_name(transport: asyncio.BaseTransport) -> str:
-    peer = transport.get_extra_info("peername")
-    return f"client {peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) > 1 else "client on the Unix socket"
