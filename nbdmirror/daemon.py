@@ -26,6 +26,7 @@ from nbdmirror.commands.control import ControlCommands
 from nbdmirror.commands.job import JobCommands
 from nbdmirror.disks import Disks
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
+from nbdmirror.heartbeat import Heartbeat, interval_of
 from nbdmirror.inventory import Inventory
 from nbdmirror.launch import check_writable, pid_file, tell_background, write_line
 from nbdmirror.protocol.constants import TlsMode
@@ -72,6 +73,8 @@ class Daemon:
         self._reason = "host-qmp-quit"
         self._exit_status = 0
         self._endpoints: list[NbdEndpoint] = []
+        interval = interval_of(os.environ)
+        self._heartbeat = None if interval is None else Heartbeat(self._status, interval)
 
     async def set_up(self, stack: AsyncExitStack) -> None:
         """Build everything; what is entered into `stack` is undone in reverse order."""
@@ -81,6 +84,8 @@ class Daemon:
             check_writable(options.ready_fd)
         if options.log_level is not None:
             logging.getLogger().setLevel(options.log_level.upper())
+        if self._heartbeat is not None:
+            stack.callback(self._heartbeat.stop)  # last of all
         stack.push_async_callback(self._close_nodes)
         await self._disks.serve(options.disks)
         self._watch(stack)  # before there is anything that a signal could leave behind
@@ -110,7 +115,8 @@ class Daemon:
         else:
             await self._run_command(self._options.run)
         _log.info("shutting down")
-        systemd.notify("STOPPING=1")
+        if self._heartbeat is not None:
+            self._heartbeat.ending()
         self._monitor.emit("SHUTDOWN", {"guest": False, "reason": self._reason})
         return self._exit_status
 
@@ -125,6 +131,13 @@ class Daemon:
         tls = self._tls.mode is TlsMode.REQUIRE
         self._endpoints = [endpoint_of(each, options.disks[0].export_name, tls=tls) for each in sockets]
         return listener
+
+    def _status(self) -> str:
+        """What there is, on a line."""
+        exports = self._disks.exports.values()
+        parts = [f"exports: {len(exports)}", f"clients: {sum(export.clients for export in exports)}"]
+        parts += [f"job {job.id}: {job.status}" for job in self._inventory.jobs.values()]
+        return ", ".join(parts)
 
     async def _serve_metrics(self, stack: AsyncExitStack) -> None:
         options = self._options
@@ -228,7 +241,8 @@ class Daemon:
         else:
             with suppress(BrokenPipeError):  # past Python's buffer, which would be flushed, and fail, once more at the end
                 os.write(1, line.encode())
-        systemd.notify("READY=1")
+        if self._heartbeat is not None:
+            self._heartbeat.start()
 
     async def _run_command(self, command: str) -> None:
         """Run a shell command with the addresses in its environment; its exit status is ours."""
