@@ -1,7 +1,8 @@
 """Disks: those that `serve` was told of, each with its node and its export; they may be others from one reload to the next.
 
 Rules:
-1. All new disks are open before anything changes; if one can't be opened, nothing does.
+1. All new disks are open before anything changes; if one can't be opened, nothing does. That may take its time, so what is in
+   use is asked again before an export is hidden, and a disk is closed when nobody can find it any more.
 2. What is in use stays as it is, with a warning: an export that has clients or requests in flight, a disk that a job works on.
 3. A disk is open once: of two nodes over one file neither would see the other's writes, and a mirror of it would miss them.
 """
@@ -21,7 +22,7 @@ from nbdmirror.inventory import Inventory, Node
 from nbdmirror.server.export import Export
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from nbdmirror.devices.base import BlockDevice
     from nbdmirror.serving import DiskOptions
@@ -50,10 +51,13 @@ class Disks:
                 opened.push_async_callback(disks[-1].aclose)
             self._check(leaving, new, disks)
             opened.pop_all()
-        for options in leaving:
-            await self._remove(options)
+        # Meanwhile clients may have come; from here to where the exports are hidden nothing waits.
+        nodes = [node for each in leaving if not self._is_kept(each) for node in self._hide(each)]
+        for node in nodes:
+            await self._close(node)
         for options, disk in zip(new, disks, strict=True):
-            await self._add(options, disk)
+            if options.export_name in self.exports or not self._add(options, disk):
+                await disk.aclose()
         for name in self.exports.keys() & names.keys():
             self.exports[name].description = names[name].description
 
@@ -66,21 +70,21 @@ class Disks:
         for options, disk in zip(new, disks, strict=True):
             if options.node_name not in gone:
                 self._inventory.check_node_name(options.node_name)
-            for name, other in open_already.items():
-                if _is_one_disk(other, disk):
-                    raise UsageError(f"'{options.disk}' is open already, as node '{name}'")
+            _check_closed(disk, open_already)
             open_already[options.node_name] = disk
 
-    async def _add(self, options: DiskOptions, disk: BlockDevice) -> None:
+    def _add(self, options: DiskOptions, disk: BlockDevice) -> bool:
+        """Enter a disk that was checked; False where somebody at the control socket has been faster."""
         try:
+            _check_closed(disk, {name: node.disk for name, node in self._inventory.nodes.items()})
             node = self._inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
-        except NbdMirrorError as error:  # a client of the control socket has been faster
+        except NbdMirrorError as error:
             _log.error("export '%s' is not there: %s", options.export_name, error)
-            await disk.aclose()
-            return
+            return False
         export = Export(options.export_name, node.device, description=options.description, read_only=options.read_only)
         self.exports[export.name] = self._inventory.exports[export.name] = export
         self._served[export.name] = options
+        return True
 
     def _is_kept(self, options: DiskOptions) -> bool:
         """Whether a disk that is not wanted any more is in use (rule 2)."""
@@ -100,25 +104,35 @@ class Disks:
         found = {node.name: node for node in (self._inventory.node_of(export), nodes.get(options.node_name)) if node}
         return list(found.values())
 
-    async def _remove(self, options: DiskOptions) -> None:
+    def _hide(self, options: DiskOptions) -> list[Node]:
+        """Let nobody find the export any more; returns the nodes that are to be closed."""
         nodes = self._nodes_of(options)
         for exports in (self.exports, self._inventory.exports):
             del exports[options.export_name]
         del self._served[options.export_name]
-        for node in nodes:
-            try:
-                if not node.is_read_only:
-                    await node.disk.flush()
-                await self._inventory.remove_node(node.name)
-            except DeviceError as error:
-                _log.error("what was written last may not be durable: %s", error)
-            except NbdMirrorError as error:  # somebody came for it meanwhile
-                _log.warning("%s", error)
+        return nodes
+
+    async def _close(self, node: Node) -> None:
+        try:
+            if not node.is_read_only:
+                await node.disk.flush()
+            await self._inventory.remove_node(node.name)
+        except DeviceError as error:
+            _log.error("what was written last may not be durable: %s", error)
+        except NbdMirrorError as error:  # somebody came for it meanwhile
+            _log.warning("%s", error)
 
 
 def _differ(served: DiskOptions, wanted: DiskOptions | None) -> bool:
     """Whether the one would have to be opened anew to be the other."""
     return wanted is None or replace(served, description="") != replace(wanted, description="")
+
+
+def _check_closed(disk: BlockDevice, open_already: Mapping[str, BlockDevice]) -> None:
+    """Raises UsageError where the disk is open under another name."""
+    for name, other in open_already.items():
+        if _is_one_disk(other, disk):
+            raise UsageError(f"'{disk.name}' is open already, as node '{name}'")
 
 
 def _is_one_disk(one: BlockDevice, other: BlockDevice) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from nbdmirror.protocol.constants import CMD_WRITE
 from nbdmirror.units import MiB
 from tests.support.daemon import Daemon, run_cli, serving, until
-from tests.support.peers import require
+from tests.support.peers import nbdkit, require
 from tests.support.tools import make_disk, pattern, run
 from tests.support.wire_client import WireClient
 
@@ -157,6 +157,22 @@ async def test_what_is_in_use_stays(site: Site) -> None:
         until(lambda: not clients(daemon, "a"), "the client has gone")
         site.reload(daemon)
         assert exports(daemon) == ["b"]
+        assert (site.path / "a").read_bytes()[:4096] == pattern(4096)
+
+
+async def test_what_comes_into_use_while_a_new_disk_is_opened_stays(site: Site) -> None:
+    site.write("a")
+    with nbdkit("memory", "size=1M", extra=["--exit-with-parent"]) as peer, site.serving("-v") as daemon:
+        peer.freeze()
+        site.write(more=f"[[export]]\nname = 'slow'\nsource = '{peer.endpoint.uri}'")
+        before = daemon.open_files()
+        daemon.send_signal(signal.SIGHUP)
+        until(lambda: daemon.open_files() > before, "it connects")
+        async with await WireClient.connect_unix(daemon.unix) as client:
+            await client.open("a")
+            peer.thaw()
+            until(lambda: "reloaded; exports: 'a', 'slow'" in daemon.stderr, "it has reloaded")
+            assert (await client.ask(CMD_WRITE, 0, 4096, payload=pattern(4096))).error == 0
         assert (site.path / "a").read_bytes()[:4096] == pattern(4096)
 
 
