@@ -37,7 +37,7 @@ from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.export import Export
-from nbdmirror.server.listener import Listener
+from nbdmirror.server.listener import Listener, allow_many_files
 from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
 
 _log: Final = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class ServeOptions:
 
 async def serve(options: ServeOptions) -> int:
     """Serve until told to stop; returns the exit status."""
+    allow_many_files()
     async with AsyncExitStack() as stack:
         daemon = Daemon(options)
         await daemon.set_up(stack)
