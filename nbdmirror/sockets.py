@@ -83,9 +83,12 @@ _UNIX_SEND_BUFFER: Final = 4 * 1024 * 1024
 
 def widen_unix_send_buffer(fd: int) -> None:
     """Let a connected Unix socket hold a few large messages; any other socket is left as it is."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    sock = socket.socket(fileno=fd)
+    try:
         if sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+    finally:
+        sock.detach()  # the descriptor is the caller's; a copy of it can't be had where the process is out of them
 
 
 def listen_tcp(host: str, port: int) -> socket.socket:

@@ -142,8 +142,8 @@ class Listener:
         """Rule 4. The socket would be ready at once and again, so it is not looked at for a while."""
         if not self._is_short_of_files:
             self._is_short_of_files = True
-            many = f"{len(self._sessions)} are connected"
-            _log.error("clients have to wait: %s (%s); let the process open more files", error.strerror, many)
+            remedy = "; raise the limit on open files" if error.errno in {errno.EMFILE, errno.ENFILE} else ""
+            _log.error("clients have to wait: %s, with %d connected%s", error.strerror, len(self._sessions), remedy)
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._sock)
         self._rest = loop.call_later(_REST_SECONDS, loop.add_reader, self._sock, self._accept)
