@@ -75,22 +75,24 @@ SLOW: Final = [
 async def test_nobody_keeps_a_place_without_opening_an_export(
     sock_dir: Path, said: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with listening(listen_unix(str(sock_dir / "s")), max_clients=3) as listener:
-        async with await WireClient.connect_unix(sock_dir / "s") as served:
-            await served.open()
-            idlers = [await WireClient.connect_unix(sock_dir / "s") for _ in range(2)]
-            for client in idlers:
-                await client.send(said)
-            async with await WireClient.connect_unix(sock_dir / "s") as refused:
-                assert await refused.read_until_closed() == b""
-            for client in idlers:
-                await client.read_until_closed()
-                await client.aclose()
-            async with await WireClient.connect_unix(sock_dir / "s") as welcome:
-                await welcome.open()
-                assert not (await welcome.ask(c.CMD_READ, 0, 512)).error
-            assert not (await served.ask(c.CMD_READ, 0, 512)).error, "who has opened one has all the time in the world"
-            assert len(listener._sessions) <= 2
+    async with (
+        listening(listen_unix(str(sock_dir / "s")), max_clients=3) as listener,
+        await WireClient.connect_unix(sock_dir / "s") as served,
+    ):
+        await served.open()
+        idlers = [await WireClient.connect_unix(sock_dir / "s") for _ in range(2)]
+        for client in idlers:
+            await client.send(said)
+        async with await WireClient.connect_unix(sock_dir / "s") as refused:
+            assert await refused.read_until_closed() == b""
+        for client in idlers:
+            await client.read_until_closed()
+            await client.aclose()
+        async with await WireClient.connect_unix(sock_dir / "s") as welcome:
+            await welcome.open()
+            assert not (await welcome.ask(c.CMD_READ, 0, 512)).error
+        assert not (await served.ask(c.CMD_READ, 0, 512)).error, "who has opened one has all the time in the world"
+        assert len(listener._sessions) <= 2
     dropped = [record.getMessage() for record in caplog.records if "opened no export" in record.getMessage()]
     assert dropped == ["client on the Unix socket: opened no export within 0.2 s; dropped"] * 2
 
@@ -112,13 +114,15 @@ async def test_who_half_closed_keeps_no_place_either(sock_dir: Path) -> None:
 
 
 async def test_more_options_than_anybody_needs(sock_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with listening(listen_unix(str(sock_dir / "s")), haggling=TIMEOUT, exports=2):
-        async with await WireClient.connect_unix(sock_dir / "s") as client:
-            await client.greet()
-            for _ in range(32 + 2 * 32):
-                await client.option(4711)
-            await client.send(wire.option(4711))
-            assert await client.read_until_closed() == b""
+    async with (
+        listening(listen_unix(str(sock_dir / "s")), haggling=TIMEOUT, exports=2),
+        await WireClient.connect_unix(sock_dir / "s") as client,
+    ):
+        await client.greet()
+        for _ in range(32 + 2 * 32):
+            await client.option(4711)
+        await client.send(wire.option(4711))
+        assert await client.read_until_closed() == b""
     assert "more than 96 options; dropped" in caplog.text
 
 
@@ -164,7 +168,7 @@ class Failing(socket.socket):
 
 
 @pytest.mark.parametrize("failure", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINVAL])
-@pytest.mark.parametrize("listen", [lambda path: listen_unix(path), lambda _: listen_tcp("127.0.0.1", 0)], ids=["unix", "tcp"])
+@pytest.mark.parametrize("listen", [listen_unix, lambda _: listen_tcp("127.0.0.1", 0)], ids=["unix", "tcp"])
 async def test_accepting_goes_on_after_what_made_it_fail(
     sock_dir: Path, failure: int, listen: Callable[[str], socket.socket], caplog: pytest.LogCaptureFixture
 ) -> None:
