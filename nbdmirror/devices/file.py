@@ -290,7 +290,7 @@ class FileDevice(BlockDevice):
             if data >= end:
                 break
             at = os.lseek(self._fd, data, os.SEEK_HOLE)
-            extents.add(at - data, DATA)
+            extents.add_until(at, DATA)  # nothing, where it has become a hole in between: look again
         return extents
 
     async def aclose(self) -> None:

@@ -272,6 +272,30 @@ async def test_a_remote_disk_that_stalls(tmp_path: Path, sock_dir: Path) -> None
                 assert reply.data == OLD[reply.cookie * 4096 :][:4096]
 
 
+# --- a disk that changes while it is looked at -----------------------------------------------------------------------
+
+
+async def test_block_status_while_others_punch_holes(tmp_path: Path) -> None:
+    """What the file system called data a moment ago may be a hole by the time its end is asked for."""
+    disk = make_disk(tmp_path / "disk", SIZE, {0: OLD})
+    with serving(disk) as daemon:
+        async with (
+            await WireClient.connect_unix(daemon.unix) as looking,
+            await WireClient.connect_unix(daemon.unix) as changing,
+        ):
+            await looking.open(structured=True, contexts=[c.BASE_ALLOCATION])
+            await changing.open()
+            for _ in range(100):
+                for at in range(0, MiB, 64 * KiB):
+                    await changing.request(c.CMD_TRIM, at, 64 * KiB)
+                    await changing.request(c.CMD_WRITE, at, payload=OLD[at : at + 64 * KiB], flags=c.FUA)
+                    await looking.request(c.CMD_BLOCK_STATUS, 0, SIZE)
+                for client in (looking, changing):
+                    while client.core.awaited:
+                        assert not (await client.reply()).error
+            assert daemon.terminate() == 0
+
+
 # --- a client that vanishes while it writes --------------------------------------------------------------------------
 
 
