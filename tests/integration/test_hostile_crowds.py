@@ -6,13 +6,10 @@ import asyncio
 import gc
 import resource
 import socket
-import struct
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
-
-import pytest
 
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.protocol import constants as c
@@ -155,25 +152,9 @@ async def test_clients_wait_while_the_server_is_out_of_files(tmp_path: Path) -> 
         assert daemon.stderr.count("clients have to wait") == 1
 
 
-async def test_reset_with_replies_pending(tmp_path: Path) -> None:
-    """RST instead of FIN, while megabytes are on their way to it."""
-    disk = make_disk(tmp_path / "disk", SIZE, {0: pattern(SIZE)})
-    with serving(disk, "-p", "0", tcp=True) as daemon:
-        host, _, port = daemon.uri.removeprefix("nbd://").partition(":")
-        async with await WireClient.connect_tcp(host, int(port)) as other:
-            await other.open()
-            for length in (4096, MiB, 4 * MiB):
-                with socket.create_connection((host, int(port))) as sock:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    sock.sendall(wire.client_flags() + wire.go() + wire.request(c.CMD_READ, 0, length) * 64)
-                    sock.recv(1000)
-                assert (await other.ask(c.CMD_READ, 0, 4096)).data == pattern(SIZE)[:4096]
-
-
-@pytest.mark.parametrize("count", [64])
-async def test_one_client_per_place(tmp_path: Path, count: int) -> None:
+async def test_one_client_per_place(tmp_path: Path) -> None:
     """`-e N` counts those that are there, however fast they change."""
-    disk = make_disk(tmp_path / "disk", SIZE)
+    disk, count = make_disk(tmp_path / "disk", SIZE), 64
     with serving(disk, "-e", str(count)) as daemon:
         for _ in range(5):
             clients = [await WireClient.connect_unix(daemon.unix) for _ in range(count)]
