@@ -3,8 +3,8 @@
 Rules:
 1. Everything that one receive brought is served as one batch and answered by one write. A task is started only for a
    request that cannot be answered at once; a task per request would cost more than the request.
-2. What is in flight is bounded in count and bytes, and a client that does not read its replies is not read from: whatever
-   it does, it holds a bounded amount of memory.
+2. What is in flight is bounded in count and bytes, and a client that does not read its replies is not read from. Whatever
+   it does, it holds little more than 128 MiB: the bytes that may be in flight, and one request of the largest.
 3. A request that was accepted is finished, also when the client has gone: a write half done would be worse than one
    unasked for. Only its reply is dropped.
 4. At the end of the server requests that were accepted are finished; those that come later are refused with ESHUTDOWN and

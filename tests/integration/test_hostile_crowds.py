@@ -143,7 +143,7 @@ async def test_clients_wait_while_the_server_is_out_of_files(tmp_path: Path) -> 
         visit(daemon.unix, 4)
         hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (daemon.open_files() + 10, hard))
-        clients = [await WireClient.connect_unix(daemon.unix) for _ in range(40)]
+        clients = [await WireClient.connect_unix(daemon.unix) for _ in range(25)]
         daemon.wait_for_log("clients have to wait: Too many open files")
         for client in clients:
             await client.open()
