@@ -167,7 +167,6 @@ class Listener:
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             with suppress(OSError):  # of one that has gone
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that died keeps no place for ever
         try:
             await asyncio.get_running_loop().connect_accepted_socket(lambda: session, sock)

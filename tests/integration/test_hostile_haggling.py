@@ -101,7 +101,7 @@ async def test_a_byte_now_and_then_does_not_keep_it_either(sock_dir: Path) -> No
     """The slow loris, with an option whose data never ends."""
     async with listening(listen_unix(str(sock_dir / "s"))), await WireClient.connect_unix(sock_dir / "s") as client:
         async with asyncio.timeout(TIMEOUT):
-            await dribble(client, wire.client_flags() + wire.option(Option.ABORT, length=c.MAX_OPTION_LENGTH))
+            await dribble(client, wire.client_flags() + wire.option(4711, length=c.MAX_OPTION_LENGTH))
 
 
 async def test_who_half_closed_keeps_no_place_either(sock_dir: Path) -> None:
@@ -192,8 +192,8 @@ async def test_accepting_goes_on_after_what_made_it_fail(
 
 async def test_what_befell_one_client_does_not_hold_up_the_next(sock_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     sock = Failing.over(listen_unix(str(sock_dir / "s")))
+    sock.failure = errno.ECONNABORTED
     async with listening(sock), await WireClient.connect_unix(sock_dir / "s") as client:
-        sock.failure = errno.ECONNABORTED
         while not sock.calls:
             await asyncio.sleep(0)
         sock.failure = 0
