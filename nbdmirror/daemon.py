@@ -32,7 +32,7 @@ from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.server.export import Export
-from nbdmirror.server.listener import Listener
+from nbdmirror.server.listener import Listener, allow_many_files
 from nbdmirror.serving import access_of, check_exposure, check_names, endpoint_of, server_sockets, tls_of
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ _JOIN_SECONDS: Final = 10.0
 
 async def serve(options: ServeOptions) -> int:
     """Serve until told to stop; returns the exit status."""
+    allow_many_files()
     async with AsyncExitStack() as stack:
         daemon = Daemon(options)
         await daemon.set_up(stack)

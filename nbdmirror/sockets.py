@@ -178,9 +178,12 @@ def _refusal(path: str, reason: str) -> ListenError:
 
 def widen_unix_send_buffer(fd: int) -> None:
     """Let a connected Unix socket hold a few large messages; any other socket is left as it is."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    sock = socket.socket(fileno=fd)
+    try:
         if sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+    finally:
+        sock.detach()  # the descriptor is the caller's; a copy of it can't be had where the process is out of them
 
 
 # --- TCP and vsock ---------------------------------------------------------------------------------------------------

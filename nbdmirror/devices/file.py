@@ -3,8 +3,9 @@
 Rules:
 1. What can wait for a disk runs in the device's own threads; the event loop only does what the page cache answers at once.
 2. Reads try the page cache (RWF_NOWAIT). Small writes go into it inline, but their latency is watched: when the kernel
-   makes one wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, so one
-   stalled disk does not hold up other connections.
+   makes one wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, which is
+   long enough that this disk holds the loop up for a hundredth of the time at most. A write that is stuck in a thread
+   already, or a zeroing or trimming, which may lock the file against all others, keeps them there, too.
 3. Zeroing prefers holes, then unwritten extents, then written zeroes; with FAST_ZERO the last is refused with ENOTSUP
    before anything has changed. NO_HOLE keeps the range allocated.
 4. The size is what it was when the device was opened; nothing here grows or shrinks a file.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 import stat
 import time
@@ -40,6 +42,9 @@ INLINE_MAX: Final = MiB
 _STALL_SECONDS: Final = 0.005
 _STRIKE_SECONDS: Final = 0.2
 _QUIET_SECONDS: Final = 1.0
+# Nothing but a disk makes a write take this long; and as many times as long is the quiet time after a stall.
+_CERTAIN_SECONDS: Final = 0.05
+_QUIET_PER_STALL: Final = 100
 # Threads per device: as many requests wait for the disk at a time, and a queue depth of 16 keeps one busy.
 _THREADS: Final = 16
 # One extents answer takes at most so many lseek pairs (about 0.6 us each), however fragmented the file.
@@ -66,6 +71,10 @@ class FileDevice(BlockDevice):
         self._reads_inline = True
         self._stalled_until = 0.0
         self._last_strike = 0.0
+        # When what is in the threads was begun, oldest first; and how many of those lock the file.
+        self._writing: dict[int, float] = {}
+        self._tokens = itertools.count()
+        self._locking = 0
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"disk {path}")
 
     @classmethod
@@ -96,8 +105,8 @@ class FileDevice(BlockDevice):
 
     def pread_now(self, buffer: bytearray | memoryview, offset: int) -> bool:
         """Fill `buffer` from the page cache; False when any byte of it is not there."""
-        if not self._reads_inline or len(buffer) > INLINE_MAX:
-            return False
+        if not self._reads_inline or len(buffer) > INLINE_MAX or (self._locking and self.is_block):
+            return False  # the kernel's lock is not for reads of a file, but for those of a block device
         try:
             return os.preadv(self._fd, (buffer,), offset, self._read_flags) == len(buffer)
         except BlockingIOError:
@@ -113,18 +122,23 @@ class FileDevice(BlockDevice):
         if len(data) > INLINE_MAX:
             return False
         before = time.monotonic()
-        if before < self._stalled_until:
+        if before < self._stalled_until or (self._writing and self._is_stuck(before)):
             return False
         try:
             done = os.pwrite(self._fd, data, offset)
         except OSError as error:
             raise self._failed(error, "writing", offset) from None
         after = time.monotonic()
-        if after - before > _STALL_SECONDS:
-            if before - self._last_strike < _STRIKE_SECONDS:
-                self._stalled_until = after + _QUIET_SECONDS
+        took = after - before
+        if took > _STALL_SECONDS:
+            if took > _CERTAIN_SECONDS or before - self._last_strike < _STRIKE_SECONDS:
+                self._stalled_until = after + max(_QUIET_SECONDS, _QUIET_PER_STALL * took)
             self._last_strike = after
         return done == len(data)
+
+    def _is_stuck(self, now: float) -> bool:
+        """Whether an inline write might have to wait for what is in the threads."""
+        return self._locking > 0 or now - next(iter(self._writing.values())) > _STALL_SECONDS
 
     # --- in threads ------------------------------------------------------------------------------------------------
 
@@ -135,6 +149,21 @@ class FileDevice(BlockDevice):
             raise self._failed(error, what, offset) from None
         except RuntimeError:  # the executor has been shut down
             raise DeviceError(errno.ESHUTDOWN, f"{what} {self.name}") from None
+
+    async def _write_in_thread(self, what: str, offset: int, work: Callable[[], None]) -> None:
+        token = next(self._tokens)
+        self._writing[token] = time.monotonic()
+        try:
+            await self._in_thread(what, offset, work)
+        finally:
+            del self._writing[token]
+
+    async def _lock_in_thread(self, what: str, offset: int, work: Callable[[], None]) -> None:
+        self._locking += 1
+        try:
+            await self._write_in_thread(what, offset, work)
+        finally:
+            self._locking -= 1
 
     def _failed(self, error: OSError, what: str, offset: int) -> DeviceError:
         return DeviceError.of(error, f"{what} {self.name} at offset {offset}")
@@ -154,7 +183,7 @@ class FileDevice(BlockDevice):
     async def pwrite(self, data: bytes | bytearray | memoryview, offset: int, flags: int = 0) -> None:
         """See BlockDevice. FUA is one system call: a write that syncs just its own range."""
         how = os.RWF_DSYNC if flags & FUA else 0
-        await self._in_thread("writing", offset, lambda: self._write_all(data, offset, how))
+        await self._write_in_thread("writing", offset, lambda: self._write_all(data, offset, how))
 
     def _write_all(self, data: bytes | bytearray | memoryview, offset: int, how: int = 0) -> None:
         view = memoryview(data)
@@ -164,7 +193,7 @@ class FileDevice(BlockDevice):
 
     async def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """See BlockDevice."""
-        await self._in_thread("zeroing", offset, lambda: self._zero(offset, length, flags))
+        await self._lock_in_thread("zeroing", offset, lambda: self._zero(offset, length, flags))
 
     def _zero(self, offset: int, length: int, flags: int) -> None:
         if self.is_block:
@@ -219,7 +248,7 @@ class FileDevice(BlockDevice):
 
     async def trim(self, offset: int, length: int, flags: int = 0) -> None:
         """See BlockDevice; a disk that can't discard ignores it."""
-        await self._in_thread("trimming", offset, lambda: self._trim(offset, length, flags))
+        await self._lock_in_thread("trimming", offset, lambda: self._trim(offset, length, flags))
 
     def _trim(self, offset: int, length: int, flags: int) -> None:
         if not self.is_block:
@@ -263,7 +292,7 @@ class FileDevice(BlockDevice):
             if data >= end:
                 break
             at = os.lseek(self._fd, data, os.SEEK_HOLE)
-            extents.add(at - data, DATA)
+            extents.add_until(at, DATA)  # nothing, where it has become a hole in between: look again
         return extents
 
     async def aclose(self) -> None:

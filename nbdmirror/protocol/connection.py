@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 class ServerConnection:
-    """The state of one client's connection."""
+    """The state of one client's connection to a server with so many `exports`."""
 
-    def __init__(self, tls: TlsMode = TlsMode.OFF) -> None:
+    def __init__(self, tls: TlsMode = TlsMode.OFF, exports: int = 1) -> None:
         self._receiver = Receiver()
-        self._handshake = Handshake(self._receiver, tls)
+        self._handshake = Handshake(self._receiver, tls, exports)
         self._transmission: Transmission | None = None
         self._replies: Replies | None = None
         self.get_buffer = self._receiver.get_buffer

@@ -3,8 +3,8 @@
 Rules:
 1. Everything that one receive brought is served as one batch and answered by one write. A task is started only for a
    request that cannot be answered at once; a task per request would cost more than the request.
-2. What is in flight is bounded in count and bytes, and a client that does not read its replies is not read from: whatever
-   it does, it holds a bounded amount of memory.
+2. What is in flight is bounded in count and bytes, and a client that does not read its replies is not read from. Whatever
+   it does, it holds little more than 128 MiB: the bytes that may be in flight, and one request of the largest.
 3. A request that was accepted is finished, also when the client has gone: a write half done would be worse than one
    unasked for. Only its reply is dropped.
 4. At the end of the server requests that were accepted are finished; those that come later are refused with ESHUTDOWN and
@@ -78,7 +78,7 @@ class Session(asyncio.BufferedProtocol):
         self._on_closed = on_closed
         self._tls = tls
         self._access = access
-        self._connection = ServerConnection(tls.mode)
+        self._connection = ServerConnection(tls.mode, len(exports))
         self._upgrade: asyncio.Task[asyncio.Transport] | None = None
         self._is_encrypted = False
         self._open: OpenExport | None = None
@@ -100,8 +100,6 @@ class Session(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
         self._peer = _peer_name(transport)
-        if not self._is_admitted(transport):
-            return
         self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         if sock is not None:
             self._fd = sock.fileno()
@@ -168,7 +166,11 @@ class Session(asyncio.BufferedProtocol):
 
     def _haggle(self) -> None:
         connection = self._connection
-        while (event := connection.next_event()) is not None:
+        while not self._write_paused:
+            event = connection.next_event()
+            if event is None:
+                self._read_on()
+                return
             match event:
                 case ExportQuery(name=name):
                     export = self._exports.get(name)
@@ -178,6 +180,7 @@ class Session(asyncio.BufferedProtocol):
                         connection.accept(export.info())
                 case ListQuery():
                     connection.list_exports([(export.name, export.description) for export in self._exports.values()])
+                    self._send()  # it may be long: it counts as unsent before another is made
                 case MetaContextQuery(export=name):
                     export = self._exports.get(name)
                     if export is None:
@@ -195,14 +198,13 @@ class Session(asyncio.BufferedProtocol):
                 case Disconnected():
                     self._closing = True
                     return
+        self._read_hold()
 
-    def _is_admitted(self, transport: asyncio.BaseTransport) -> bool:
-        peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple) and not self._access.admits_address(str(peer[0]).partition("%")[0]):
-            _log.warning("%s: its address is not among those allowed; refused", self._peer)
+    def end_haggling(self, seconds: float) -> None:
+        """Hang up on a client that has not opened an export within the `seconds` it had."""
+        if self._open is None and self._transport is not None:
+            _log.warning("%s: opened no export within %.4g s; dropped", self._peer, seconds)
             self._abort()
-            return False
-        return True
 
     # --- TLS -------------------------------------------------------------------------------------------------------
 
