@@ -28,7 +28,7 @@ from nbdmirror.commands.control import ControlCommands
 from nbdmirror.commands.job import JobCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
-from nbdmirror.devices.uri import NbdEndpoint
+from nbdmirror.devices.uri import ClientTls, NbdEndpoint
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.protocol.constants import TlsMode
@@ -172,7 +172,7 @@ class Daemon:
             endpoint = NbdEndpoint.unix(str(Path(address).absolute()), name)
         else:
             endpoint = NbdEndpoint.tcp(*address, name)
-        return replace(endpoint, tls=self._tls.mode is TlsMode.REQUIRE)
+        return replace(endpoint, tls=ClientTls() if self._tls.mode is TlsMode.REQUIRE else None)
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()

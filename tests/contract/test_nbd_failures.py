@@ -15,7 +15,7 @@ import uvloop
 from nbdmirror.devices.nbd import NbdDevice
 from nbdmirror.devices.nbd_connection import NbdConnection
 from nbdmirror.devices.open import open_device
-from nbdmirror.devices.uri import NbdEndpoint
+from nbdmirror.devices.uri import ClientTls, NbdEndpoint
 from nbdmirror.errors import DeviceError, UsageError
 from tests.support import peers
 from tests.support.failing import BOUND, failed
@@ -195,7 +195,7 @@ async def test_a_lost_connection_leaves_the_others_working() -> None:
     with peers.nbdkit("memory", "8M") as peer:
         device = await NbdDevice.open(peer.endpoint, connections=3)
         assert device.connection_count == 3
-        await device._connections[0].aclose()
+        await device.link.connections[0].aclose()
         assert device.connection_count == 2
         await device.pwrite(b"x" * 4096, 0)
         await device.flush()
@@ -322,7 +322,7 @@ async def test_tls_with_a_shared_key_over_a_unix_socket_and_never_unverified(tmp
     with peers.nbdkit("memory", "1M", extra=["--tls=require", f"--tls-psk={keys}"]) as peer:
 
         def endpoint(psk: str) -> NbdEndpoint:
-            return NbdEndpoint("unix", socket=peer.endpoint.socket, tls=True, tls_username="me", tls_psk_file=psk)
+            return NbdEndpoint("unix", socket=peer.endpoint.socket, tls=ClientTls(username="me", psk_file=psk))
 
         connection = await NbdConnection.connect(endpoint(str(keys)))
         await connection.pread(bytearray(MIB), 0)
@@ -349,15 +349,15 @@ async def test_tls_verifies_the_servers_certificate_and_its_name(tmp_path: Path)
     peers.require("openssl")
     ours, others = certificates(tmp_path / "ours"), certificates(tmp_path / "others")
     with peers.nbdkit("memory", "1M", extra=["--tls=require", f"--tls-certificates={ours}"], tcp=True) as peer:
-        good = NbdEndpoint("tcp", "localhost", peer.endpoint.port, tls=True, tls_certificates=str(ours))
+        good = NbdEndpoint("tcp", "localhost", peer.endpoint.port, tls=ClientTls(str(ours)))
         connection = await NbdConnection.connect(good)
         await connection.pread(bytearray(MIB), 0)
         await connection.aclose()
-        await failed(NbdConnection.connect(replace(good, tls_certificates=str(others))))
+        await failed(NbdConnection.connect(replace(good, tls=ClientTls(str(others)))))
         await failed(NbdConnection.connect(replace(good, host="127.0.0.1")))
 
 
 async def test_tls_is_not_given_up_when_the_server_has_none() -> None:
     with peers.nbdkit("memory", "1M", tcp=True) as peer:
-        endpoint = NbdEndpoint("tcp", "localhost", peer.endpoint.port, tls=True)
+        endpoint = NbdEndpoint("tcp", "localhost", peer.endpoint.port, tls=ClientTls())
         await failed(NbdConnection.connect(endpoint))
