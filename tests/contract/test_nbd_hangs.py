@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 pytest.importorskip("nbd", reason="libnbd's Python binding is not installed")
 
 MIB = 1024**2
-LIMIT = 0.2
+LIMIT = 0.5  # a loaded machine's stalls are shorter
 IMPATIENT = LinkOptions(request_timeout=LIMIT)
 HOLDING = LinkOptions(request_timeout=LIMIT, reconnect_delay=BOUND)
 
@@ -55,9 +55,9 @@ async def test_a_frozen_server_is_given_up_and_found_again_when_it_thaws() -> No
 
 async def test_an_idle_connection_has_all_the_time_in_the_world() -> None:
     with peers.nbdkit("memory", "1M") as peer:
-        device = await NbdDevice.open(peer.endpoint, connections=1, link=LinkOptions(request_timeout=0.02))
+        device = await NbdDevice.open(peer.endpoint, connections=1, link=IMPATIENT)
         await device.pread(bytearray(1), 0)
-        await asyncio.wait({asyncio.get_running_loop().create_future()}, timeout=0.1)
+        await asyncio.wait({asyncio.get_running_loop().create_future()}, timeout=3 * LIMIT)
         await device.pread(bytearray(1), 0)
         assert device.link.generation == 1
         await device.aclose()
@@ -66,7 +66,7 @@ async def test_an_idle_connection_has_all_the_time_in_the_world() -> None:
 async def test_a_slow_link_on_which_something_moves_is_no_hung_one() -> None:
     with peers.nbdkit("memory", "16M") as peer, Relay(peer.endpoint) as relay:
         device = await NbdDevice.open(relay.endpoint, connections=1, link=IMPATIENT)
-        relay.set_link(rate=10 * MIB)
+        relay.set_link(rate=4 * MIB)
         started = asyncio.get_running_loop().time()
         await device.pread(bytearray(8 * MIB), 0)
         assert asyncio.get_running_loop().time() - started > 2 * LIMIT
@@ -162,8 +162,20 @@ async def test_a_link_that_was_down_does_not_bring_old_writes_after_new_ones(tmp
         device.link.acknowledge_loss()
         await device.flush()
         await device.aclose()
-        await pair.no_connections_left()
+        await pair.no_sockets("server")
         assert content(disk, 0, 8 * MIB) == b"new!" * (2 * MIB)
+
+
+async def test_a_connection_that_is_closed_while_the_link_is_down_leaves_nothing_to_be_delivered() -> None:
+    with NetworkPair() as pair, pair.nbdkit("memory", "64M") as endpoint, pair.inside():
+        device = await NbdDevice.open(endpoint, connections=2, link=IMPATIENT)
+        pair.set_link("down")
+        flying = [asyncio.ensure_future(device.pwrite(bytes(MIB), index * MIB)) for index in range(8)]
+        await asyncio.sleep(0)
+        assert pair.sockets("client")
+        await device.aclose()
+        assert not pair.sockets("client")
+        await asyncio.gather(*map(failed, flying))
 
 
 # --- closing ---

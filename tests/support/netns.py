@@ -94,12 +94,17 @@ class NetworkPair:
             finally:
                 _enter(libc, home.fileno())
 
-    async def no_connections_left(self) -> None:
-        """Wait until the server's system knows of no connection any more, and no byte can come out of one."""
+    def sockets(self, end: Literal["client", "server"]) -> str:
+        """The TCP connections that the system at that end knows of, also those that no process has any more."""
+        name = self._names[end == "server"]
+        return subprocess.run(["ip", "netns", "exec", name, "ss", "-Htn"], capture_output=True, check=True, text=True).stdout
+
+    async def no_sockets(self, end: Literal["client", "server"]) -> None:
+        """Wait until nothing can come out of any connection any more."""
         deadline = time.monotonic() + _BOUND
-        while subprocess.run(["ip", "netns", "exec", self._names[1], "ss", "-Htn"], capture_output=True, check=True).stdout:
+        while left := self.sockets(end):
             if time.monotonic() > deadline:
-                pytest.fail("connections are left")
+                pytest.fail(f"connections are left:\n{left}")
             await asyncio.sleep(0.01)
 
 
