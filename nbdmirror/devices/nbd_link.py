@@ -94,6 +94,7 @@ class Link:
         self._trouble: DeviceError | None = None
         # Done when requests need not wait any longer, for better or worse.
         self._settled: asyncio.Future[None] = self._loop.create_future()
+        self._down = asyncio.Event()
         self._mending: asyncio.Task[None] | None = None
         self._wakes: list[Wake] = []
         self._closed = False
@@ -207,6 +208,7 @@ class Link:
             log.warning("%s: the connection is lost", self.name)
             self._hold_until = self._loop.time() + self._options.reconnect_delay
             self._settled = self._loop.create_future()
+            self._down.set()
         if self._endpoint is None:
             self._fail("the server that was started for it has ended")
         elif self._failure is None and (self._mending is None or self._mending.done()):
@@ -247,7 +249,11 @@ class Link:
         pause = _FIRST_PAUSE
         try:
             while len(self.connections) < self._wanted and self._failure is None:
-                await asyncio.sleep(pause)
+                if not self.connections:
+                    await asyncio.sleep(pause)
+                elif await self._goes_down(pause):
+                    pause = _FIRST_PAUSE
+                    continue
                 pause = min(2 * pause, _LONGEST_PAUSE_IN_USE if self.connections else _LONGEST_PAUSE)
                 try:
                     await self._connect_missing(endpoint)
@@ -259,6 +265,14 @@ class Link:
         except Exception:
             log.exception("%s: a fault in nbdmirror while connecting", self.name)
             self._fail("internal error")
+
+    async def _goes_down(self, seconds: float) -> bool:
+        """Wait so long; True, at once, when the last connection is lost meanwhile."""
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._down.wait()
+        except TimeoutError:
+            return False
 
     async def _connect_missing(self, endpoint: NbdEndpoint) -> None:
         missing = self._wanted - len(self.connections)
@@ -300,6 +314,7 @@ class Link:
         self.connections = [*self.connections, *alive]
         self.generation += 1
         self._trouble = None
+        self._down.clear()
         self._settle()
 
     # --- failing ---------------------------------------------------------------------------------------------------

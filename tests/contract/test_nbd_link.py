@@ -304,6 +304,23 @@ async def test_a_later_connection_is_another_session_whose_flush_covers_nothing_
             assert (await failed(device.flush())).errno == errno.ESTALE
 
 
+async def test_the_loss_of_the_last_connection_ends_the_long_pause_before_another_one_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with peers.nbdkit("memory", "1M") as peer, Relay(peer.endpoint) as relay:
+        async with opened(relay.endpoint, connections=2, link=HOLDING) as device:
+            monkeypatch.setattr(nbd_link, "_FIRST_PAUSE", 3600.0)
+            relay.cut(0)
+            async with asyncio.timeout(BOUND):
+                while device.connection_count == 2:
+                    await asyncio.sleep(0.001)
+            monkeypatch.setattr(nbd_link, "_FIRST_PAUSE", 0.01)
+            relay.cut()
+            await lost(device)
+            assert await read(device, 0, 1) == b"\0"
+            await mended(device, 2)
+
+
 # --- ending while it is lost ---
 
 
