@@ -205,7 +205,7 @@ class Link:
         if self._closed:
             return
         if not self.connections:
-            log.warning("%s: the connection is lost", self.name)
+            log.info("%s: the connection is lost", self.name)
             self._hold_until = self._loop.time() + self._options.reconnect_delay
             self._settled = self._loop.create_future()
             self._down.set()
@@ -306,7 +306,7 @@ class Link:
         if not alive:
             raise DeviceError(errno.ENOTCONN, f"{self.name}: the connection is lost")
         if self.generation and not self.connections:
-            log.warning("%s: connected again", self.name)
+            log.info("%s: connected again", self.name)
         session = Session(alive)
         for connection in alive:
             self._session_of[connection] = session

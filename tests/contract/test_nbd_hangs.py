@@ -18,6 +18,7 @@ from nbdmirror.errors import DeviceError
 from nbdmirror.protocol.constants import FUA
 from tests.support import peers
 from tests.support.failing import BOUND, failed
+from tests.support.links import lost
 from tests.support.netns import NetworkPair
 from tests.support.relay import Relay
 from tests.support.tools import content, make_disk
@@ -211,9 +212,7 @@ async def test_a_captive_server_that_dies_is_not_started_again() -> None:
     assert device._server is not None
     device._server._process.kill()
     await device._server._process.wait()
-    async with asyncio.timeout(BOUND):
-        while device.link.connections:
-            await asyncio.sleep(0.001)
+    await lost(device)
     for work in (device.pread(bytearray(1), 0), device.link.reconnected()):
         assert "the server that was started for it has ended" in str(await failed(work))
     await device.aclose()

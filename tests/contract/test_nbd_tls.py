@@ -17,6 +17,7 @@ from nbdmirror.errors import UsageError
 from tests.support import peers
 from tests.support.certificates import Authority
 from tests.support.failing import BOUND, failed
+from tests.support.links import lost
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,9 +92,7 @@ async def test_reconnecting_is_as_strict_as_connecting(tmp_path: Path) -> None:
         endpoint = replace(first.endpoint, tls=ClientTls(str(trusted)))
         device = await NbdDevice.open(endpoint, connections=2, link=LinkOptions(reconnect_delay=BOUND))
         first.kill()
-        async with asyncio.timeout(BOUND):
-            while device.link.connections:
-                await asyncio.sleep(0.001)
+        await lost(device)
         held = asyncio.ensure_future(device.pread(bytearray(MIB), 0))
         for extra in (rogue, None):  # somebody else, and somebody without TLS
             with peers.nbdkit("memory", "1M", extra=extra or (), after=first) as second:
