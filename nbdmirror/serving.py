@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from nbdmirror.devices.uri import DEFAULT_PORT, NbdEndpoint
+from nbdmirror.devices.uri import DEFAULT_PORT, ClientTls, NbdEndpoint
 from nbdmirror.errors import UsageError
 from nbdmirror.protocol.constants import MAX_STRING, TlsMode
 from nbdmirror.server.access import Access, parse_network
@@ -110,7 +110,7 @@ def endpoint_of(server: ServerSocket, export: str, *, tls: bool) -> NbdEndpoint:
         endpoint = NbdEndpoint.tcp(address[0], address[1], export)
     else:
         endpoint = NbdEndpoint("vsock", host=str(vsock_cid(server.sock)), port=address[1], export=export)
-    return replace(endpoint, tls=tls)
+    return replace(endpoint, tls=ClientTls() if tls else None)
 
 
 def tls_of(options: ServeOptions) -> Tls:
