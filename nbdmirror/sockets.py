@@ -208,7 +208,7 @@ def listen_tcp(host: str, port: int) -> ServerSocket:
 
 
 def listen_vsock(cid: int | None, port: int) -> ServerSocket:
-    """Listen on a vsock, for every CID of this machine where `cid` is None; port 0 lets the kernel choose."""
+    """Listen on a vsock, for every CID of this machine where `cid` is None."""
     where = f"vsock port {port}" if cid is None else f"vsock {cid}:{port}"
     try:
         sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
@@ -216,7 +216,7 @@ def listen_vsock(cid: int | None, port: int) -> ServerSocket:
         remedy = "this kernel has no vsock: load vhost_vsock on a virtual machine's host, or vsock_loopback"
         raise ListenError(f"cannot listen on {where} ({error.strerror}); {remedy}") from None
     try:
-        sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port or socket.VMADDR_PORT_ANY))
+        sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()

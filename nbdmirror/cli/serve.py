@@ -40,9 +40,10 @@ class _Vsock(click.ParamType[tuple[int | None, int]]):
         """See click."""
         if isinstance(value, tuple):
             return value
-        *cid, port = (int(part) if part.isdecimal() and part.isascii() else -1 for part in value.split(":"))
-        if len(cid) > 1 or not all(0 <= number <= _MAX_U32 for number in (*cid, port)):
-            self.fail(f"'{value}' is not [CID:]PORT, which are numbers", param, ctx)
+        # No port 0: the kernel's choice has ten digits, which libnbd does not take in a URI.
+        *cid, port = (int(part) if part.isdecimal() and part.isascii() else 0 for part in value.split(":"))
+        if len(cid) > 1 or not all(0 < number <= _MAX_U32 for number in (*cid, port)):
+            self.fail(f"'{value}' is not [CID:]PORT, which are numbers from 1 on", param, ctx)
         return (cid[0] if cid else None), port
 
 

@@ -186,5 +186,5 @@ def connect_failure(error: LibnbdError, name: str) -> DeviceError:
     if "certificate verification" in detail:  # GnuTLS does not say why
         detail = "its certificate has expired, is for another host, or is not signed by the ca-cert.pem that was given"
     context = f"cannot connect to {name}"
-    # Where the connect call itself failed, the errno says it all.
-    return DeviceError(number, context if detail.startswith("connect") else f"{context} ({detail})")
+    # Where the system call itself failed, the errno says it all.
+    return DeviceError(number, context if detail.startswith(("connect", "socket")) else f"{context} ({detail})")
