@@ -24,15 +24,15 @@ WINDOW_AFTER_BIG: Final = 4 * 1024
 
 
 class Receiver:
-    """The received, not yet parsed bytes of one connection: `window[start:end]`."""
+    """The received, not yet parsed bytes of one connection: `window[start:end]`; `window_view` is a view of it all."""
 
-    __slots__ = ("_after_big", "_filled", "_grow", "_payload", "_read_ahead", "_skip", "_view", "end", "start", "window")
+    __slots__ = ("_after_big", "_filled", "_grow", "_payload", "_read_ahead", "_skip", "end", "start", "window", "window_view")
 
     def __init__(self) -> None:
         self.window = bytearray(WINDOW_START)
         self.start = 0
         self.end = 0
-        self._view = memoryview(self.window)
+        self.window_view = memoryview(self.window)
         self._payload: memoryview | None = None
         self._filled = 0
         self._skip = 0
@@ -55,7 +55,7 @@ class Receiver:
             self.start = self.end = 0
         elif len(self.window) - self.end < len(self.window) // 2:
             self._compact()
-        return self._view[self.end : self.end + self._read_ahead]
+        return self.window_view[self.end : self.end + self._read_ahead]
 
     def buffer_updated(self, count: int) -> None:
         """`count` bytes have arrived where `get_buffer` said."""
@@ -76,7 +76,7 @@ class Receiver:
 
     def view(self, length: int, skip: int = 0) -> memoryview:
         """The next `length` bytes behind `skip` others, which must be in the window; they are consumed by `consume`."""
-        return self._view[self.start + skip : self.start + skip + length]
+        return self.window_view[self.start + skip : self.start + skip + length]
 
     def consume(self, length: int) -> None:
         """Drop `length` bytes that are in the window."""
@@ -127,6 +127,6 @@ class Receiver:
         """A new window: views into the old one keep the old one alive."""
         held = self.available
         window = bytearray(size)
-        window[:held] = self._view[self.start : self.end]
-        self.window, self._view = window, memoryview(window)
+        window[:held] = self.window_view[self.start : self.end]
+        self.window, self.window_view = window, memoryview(window)
         self.start, self.end, self._grow = 0, held, 0

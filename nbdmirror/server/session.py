@@ -26,6 +26,7 @@ from nbdmirror.errors import ProtocolError
 from nbdmirror.protocol.connection import ServerConnection
 from nbdmirror.protocol.constants import CMD_DISC, CMD_READ, CMD_WRITE, ESHUTDOWN, OptionReply
 from nbdmirror.protocol.messages import (
+    DONE,
     Disconnected,
     ExportQuery,
     ListQuery,
@@ -241,27 +242,34 @@ class Session(asyncio.BufferedProtocol):
             self._abort()
 
     def _serve_batch(self, opened: OpenExport) -> None:
-        connection, serve_now = self._connection, opened.serve_now
-        next_request, reply = connection.next_request, connection.reply
+        connection = self._connection
+        next_request, reply_content, reply_done = connection.next_request, connection.reply_content, connection.reply_done
+        serve_now = _refuse_late if self._shutting_down else opened.serve_now
         gathered = 0
-        while not self._is_full():
+        is_full = self._is_full()
+        while not is_full:
             request = next_request()
             if request is None:
                 self._read_on()
                 return
-            if request.command == CMD_DISC:
+            if request[0] == CMD_DISC:
                 self._closing = True
                 return
-            answer = _TOO_LATE if self._shutting_down else serve_now(request)
-            if answer is None:
-                self._defer(opened, request)
-                continue
-            reply(request, answer)
-            if request.command == CMD_READ:
-                gathered += request.length
+            answer = serve_now(request)
+            if answer is DONE:
+                reply_done(request)
+            elif type(answer) is bytearray:
+                reply_content(request, answer)
+                gathered += len(answer)
                 if gathered > _BATCH_BYTES:
                     self._send()
                     gathered = 0
+                    is_full = self._is_full()
+            elif answer is not None:
+                connection.reply(request, answer)
+            else:
+                self._defer(opened, request)
+                is_full = self._is_full()
         self._read_hold()
 
     def _is_full(self) -> bool:
@@ -382,6 +390,10 @@ class Session(asyncio.BufferedProtocol):
 
     def __repr__(self) -> str:
         return f"<Session {self._peer} {len(self._tasks)} in flight>"
+
+
+def _refuse_late(_request: Request) -> Refusal:
+    return _TOO_LATE
 
 
 def _unsent(out: list[bytes | bytearray | memoryview], sent: int) -> list[bytes | bytearray | memoryview]:
