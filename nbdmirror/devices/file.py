@@ -3,8 +3,9 @@
 Rules:
 1. What can wait for a disk runs in the device's own threads; the event loop only does what the page cache answers at once.
 2. Reads try the page cache (RWF_NOWAIT). Small writes go into it inline, but their latency is watched: when the kernel
-   makes one wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, so one
-   stalled disk does not hold up other connections.
+   makes them wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, so one
+   stalled disk does not hold up other connections. A process that was merely preempted is no stalled disk: it did not give
+   the processor up by itself, and the kernel counts the two apart.
 3. Zeroing prefers holes, then unwritten extents, then written zeroes; with FAST_ZERO the last is refused with ENOTSUP
    before anything has changed. NO_HOLE keeps the range allocated.
 4. The size is what it was when the device was opened; nothing here grows or shrinks a file.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +38,10 @@ T = TypeVar("T")
 # A copy of 1 MiB between page cache and buffer takes about 0.2 ms: the longest that one request may hold the loop.
 INLINE_MAX: Final = MiB
 # A write into the page cache takes microseconds; one that takes this long was made to wait, or this process was preempted.
-# Two of them close together are taken for a disk that stalls.
+# For as long as _WATCH_SECONDS after it the kernel is asked before and after each write whether the thread has slept in it
+# (1 us a write), and one that is as slow because of that moves the writes to the threads.
 _STALL_SECONDS: Final = 0.005
-_STRIKE_SECONDS: Final = 0.2
+_WATCH_SECONDS: Final = 1.0
 _QUIET_SECONDS: Final = 1.0
 # Threads per device: as many requests wait for the disk at a time, and a queue depth of 16 keeps one busy.
 _THREADS: Final = 16
@@ -64,8 +67,8 @@ class FileDevice(BlockDevice):
         # tmpfs refuses RWF_NOWAIT (seen with Linux 6.18) and needs it least: its data is in memory already.
         self._read_flags = 0 if linux.lives_in_memory(fd) else os.RWF_NOWAIT
         self._reads_inline = True
+        self._watched_until = 0.0
         self._stalled_until = 0.0
-        self._last_strike = 0.0
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"disk {path}")
 
     @classmethod
@@ -113,17 +116,30 @@ class FileDevice(BlockDevice):
         if len(data) > INLINE_MAX:
             return False
         before = time.monotonic()
-        if before < self._stalled_until:
-            return False
+        if before < self._watched_until:
+            return self._pwrite_watched(data, offset, before)
         try:
             done = os.pwrite(self._fd, data, offset)
         except OSError as error:
             raise self._failed(error, "writing", offset) from None
         after = time.monotonic()
         if after - before > _STALL_SECONDS:
-            if before - self._last_strike < _STRIKE_SECONDS:
-                self._stalled_until = after + _QUIET_SECONDS
-            self._last_strike = after
+            self._watched_until = after + _WATCH_SECONDS
+        return done == len(data)
+
+    def _pwrite_watched(self, data: bytes | bytearray | memoryview, offset: int, before: float) -> bool:
+        """`pwrite_now` while the disk is under suspicion."""
+        if before < self._stalled_until:
+            return False
+        slept = _times_slept()
+        try:
+            done = os.pwrite(self._fd, data, offset)
+        except OSError as error:
+            raise self._failed(error, "writing", offset) from None
+        after = time.monotonic()
+        if after - before > _STALL_SECONDS and _times_slept() > slept:
+            self._stalled_until = after + _QUIET_SECONDS
+            self._watched_until = self._stalled_until + _WATCH_SECONDS
         return done == len(data)
 
     # --- in threads ------------------------------------------------------------------------------------------------
@@ -271,3 +287,8 @@ class FileDevice(BlockDevice):
         await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
         os.close(self._fd)
         self._fd = -1
+
+
+def _times_slept() -> int:
+    """How often this thread has given the processor up to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

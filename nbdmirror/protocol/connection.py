@@ -40,8 +40,8 @@ class ServerConnection:
     reply_content: Callable[[Request, bytearray], None]
     reply_done: Callable[[Request], None]
 
-    def __init__(self, tls: TlsMode = TlsMode.OFF) -> None:
-        self._receiver = Receiver()
+    def __init__(self, tls: TlsMode = TlsMode.OFF, take_buffer: Callable[[int], bytearray] = bytearray) -> None:
+        self._receiver = Receiver(take_buffer)
         self._handshake = Handshake(self._receiver, tls)
         self._transmission: Transmission | None = None
         self._replies: Replies | None = None

@@ -13,7 +13,10 @@ Rules:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WINDOW_START: Final = 4 * 1024
 WINDOW_MAX: Final = 256 * 1024
@@ -24,11 +27,27 @@ WINDOW_AFTER_BIG: Final = 4 * 1024
 
 
 class Receiver:
-    """The received, not yet parsed bytes of one connection: `window[start:end]`; `window_view` is a view of it all."""
+    """The received, not yet parsed bytes of one connection: `window[start:end]`; `window_view` is a view of it all.
 
-    __slots__ = ("_after_big", "_filled", "_grow", "_payload", "_read_ahead", "_skip", "end", "start", "window", "window_view")
+    `take_buffer` makes the buffers of big payloads: of a given length, and of any content, since all of it is overwritten.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_after_big",
+        "_filled",
+        "_grow",
+        "_payload",
+        "_read_ahead",
+        "_skip",
+        "_take_buffer",
+        "end",
+        "start",
+        "window",
+        "window_view",
+    )
+
+    def __init__(self, take_buffer: Callable[[int], bytearray] = bytearray) -> None:
+        self._take_buffer = take_buffer
         self.window = bytearray(WINDOW_START)
         self.start = 0
         self.end = 0
@@ -103,7 +122,7 @@ class Receiver:
 
     def begin_payload(self, length: int) -> None:
         """Receive the next `length` bytes into a buffer of their own; what is in the window already moves over."""
-        self._payload = memoryview(bytearray(length))
+        self._payload = memoryview(self._take_buffer(length))
         self._filled = min(length, self.available)
         self._payload[: self._filled] = self.view(self._filled)
         self.start += self._filled
@@ -120,7 +139,7 @@ class Receiver:
 
     def _compact(self) -> None:
         held = self.available
-        self.window[:held] = self.window[self.start : self.end]
+        self.window_view[:held] = self.window_view[self.start : self.end]
         self.start, self.end = 0, held
 
     def _enlarge(self, size: int) -> None:

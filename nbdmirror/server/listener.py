@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
+from nbdmirror.server.shared import Shared
 from nbdmirror.server.tls import NO_TLS
 from nbdmirror.sockets import listen_tcp, listen_unix, remove_unix
 
@@ -51,6 +52,7 @@ class Listener:
         self._tls = tls
         self._access = access
         self._sessions: set[Session] = set()
+        self._shared = Shared()
         self._server: asyncio.Server | None = None
         self._path = sock.getsockname() if sock.family == socket.AF_UNIX else None
 
@@ -91,7 +93,7 @@ class Listener:
         if self._max_clients and len(self._sessions) >= self._max_clients:
             _log.warning("a client was refused: %d are connected already, which is the limit", len(self._sessions))
             return _Refused()
-        session = Session(self._exports, self._sessions.discard, self._tls, self._access)
+        session = Session(self._exports, self._sessions.discard, self._shared, self._tls, self._access)
         self._sessions.add(session)
         return session
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from typing import TYPE_CHECKING, Final, cast
 
 from nbdmirror.errors import ProtocolError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from nbdmirror.server.access import Access
     from nbdmirror.server.export import Export
+    from nbdmirror.server.shared import Shared
     from nbdmirror.server.tls import Tls
 
 _log: Final = logging.getLogger(__name__)
@@ -72,14 +74,16 @@ class Session(asyncio.BufferedProtocol):
         self,
         exports: Mapping[str, Export],
         on_closed: Callable[[Session], None],
+        shared: Shared,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
     ) -> None:
         self._exports = exports
         self._on_closed = on_closed
+        self._shared = shared
         self._tls = tls
         self._access = access
-        self._connection = ServerConnection(tls.mode)
+        self._connection = ServerConnection(tls.mode, shared.buffers.take)
         self._upgrade: asyncio.Task[asyncio.Transport] | None = None
         self._is_encrypted = False
         self._open: OpenExport | None = None
@@ -115,8 +119,11 @@ class Session(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Serve what has arrived."""
+        arrived = time.monotonic()
         self._connection.buffer_updated(nbytes)
         self._pump()
+        if self._open is not None:
+            self._shared.busy_poll.answered(arrived)
 
     def eof_received(self) -> bool:
         """The client sends no more; it may still read, so what is in flight is answered before closing."""
@@ -188,7 +195,7 @@ class Session(asyncio.BufferedProtocol):
                 case Opened(info=info):
                     export = self._exports[info.name]
                     export.clients += 1
-                    self._open = OpenExport(export, event)
+                    self._open = OpenExport(export, event, self._shared.buffers)
                     return
                 case StartTls():
                     self._begin_tls()
@@ -258,6 +265,8 @@ class Session(asyncio.BufferedProtocol):
             answer = serve_now(request)
             if answer is DONE:
                 reply_done(request)
+                if request[4] > IN_WINDOW:
+                    self._give_back(request)
             elif type(answer) is bytearray:
                 reply_content(request, answer)
                 gathered += len(answer)
@@ -271,6 +280,11 @@ class Session(asyncio.BufferedProtocol):
                 self._defer(opened, request)
                 is_full = self._is_full()
         self._read_hold()
+
+    def _give_back(self, request: Request) -> None:
+        """Keep the buffer of a payload that has been written for the next one."""
+        if request.payload is not None:
+            self._shared.buffers.give(cast("bytearray", request.payload.obj))
 
     def _is_full(self) -> bool:
         return self._write_paused or len(self._tasks) >= MAX_IN_FLIGHT or self._bytes_in_flight >= MAX_BYTES_IN_FLIGHT
