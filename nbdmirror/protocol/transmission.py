@@ -12,6 +12,8 @@ Rules:
    text wants the flag on a WRITE, too, but QEMU's client (10.0) sends the payload without it. A payload on any other command
    is consumed before the request is refused, and one over the limit ends the connection, as the text wants it here. The flag
    is taken off a WRITE, so that whoever serves requests never knows how they were framed.
+4. A payload of more than `large_payload` bytes gets its buffer only when the owner says that there is room: until then
+   `next_request` returns None, and `awaits_room` is its length.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ _WRITES: Final = frozenset((c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES))
 class Transmission:
     """One connection's requests after haggling ended with `opened`."""
 
-    def __init__(self, receiver: Receiver, opened: Opened) -> None:
+    def __init__(self, receiver: Receiver, opened: Opened, large_payload: int = c.MAX_PAYLOAD) -> None:
         self.structured = opened.structured
         framing = _EXTENDED_REQUEST if opened.extended else _REQUEST
         self._unpack = framing.unpack_from
@@ -81,6 +83,9 @@ class Transmission:
         self._awaiting: tuple[int, int, int, int] | None = None
         self._skipped: Request | None = None
         self._is_between = True  # no payload is awaited, whether to be kept or to be skipped
+        self._large_payload = large_payload
+        self._has_room = False
+        self.awaits_room = 0
 
     def next_request(self) -> Request | None:
         """The next whole request in what has been received, else None."""
@@ -100,6 +105,10 @@ class Transmission:
         if self._payload_flag:
             return self._extended_request(m.Request(command, flags, cookie, offset, length))
         return self._write_request(flags, cookie, offset, length)
+
+    def admit_payload(self) -> None:
+        """Rule 4: the payload that awaits room may come."""
+        self._has_room, self.awaits_room = True, 0
 
     def _after_payload(self) -> Request | None:
         """The request whose payload was awaited, once it has come."""
@@ -145,6 +154,10 @@ class Transmission:
                 return None
             receiver.start = end
             return _new(m.Request, (_WRITE, flags, cookie, offset, length, receiver.window_view[begin:end]))
+        if length > self._large_payload and not self._has_room:
+            self.awaits_room = length
+            return None
+        self._has_room = False
         receiver.consume(self._head)
         receiver.begin_payload(length)
         self._awaiting = (flags, cookie, offset, length)

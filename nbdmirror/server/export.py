@@ -2,6 +2,7 @@
 
 Rules:
 1. `serve_now` answers what cannot block, at once and without a task; None means "use `serve`". Nothing has happened then.
+   What is large is never answered at once.
 2. Every request is judged once, by `refusal_of`; after that nobody looks at ranges or flags again.
 3. `DeviceError.errno` becomes an NBD error here and nowhere else.
 4. What reads as zeroes is sent as hole chunks where the client takes chunks, whether or not the disk calls it a hole.
@@ -20,9 +21,10 @@ from nbdmirror.extents import is_zero, zero_runs
 from nbdmirror.protocol import constants as c
 from nbdmirror.protocol.messages import DONE, Answer, ExportInfo, Opened, ReadReply, Refusal, Request
 from nbdmirror.protocol.transmission import refusal_of
+from nbdmirror.server.budget import LARGE
 from nbdmirror.server.buffers import ReadBuffers
 from nbdmirror.server.contexts import block_status, context_names
-from nbdmirror.units import KiB, MiB
+from nbdmirror.units import KiB
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,8 +37,6 @@ _log: Final = logging.getLogger(__name__)
 
 # Up to this a read is looked at whole for zeroes, above it in grains of this size: 0.1 us each.
 _ZERO_GRAIN: Final = 64 * KiB
-# The most that is read or written without leaving the loop; a device may have a lower bound of its own.
-_NOW_MAX: Final = MiB
 
 _WIRE_ERRORS: Final = {
     errno.EPERM: c.EPERM,
@@ -124,7 +124,7 @@ class OpenExport:
         # What `serve_now` takes for sound without asking `refusal_of`, as numbers.
         self._last_plain = c.CMD_READ if info.is_read_only else c.CMD_WRITE
         self._size = info.size
-        self._most = min(info.maximum_payload, _NOW_MAX)
+        self._most = min(info.maximum_payload, LARGE)
         self._unaligned = info.minimum_block - 1
 
     def serve_now(self, request: Request) -> Answer | None:
@@ -154,7 +154,7 @@ class OpenExport:
 
     def _serve_rare_now(self, request: Request) -> Answer | None:
         """Reads with flags, which change little, and those that end with the disk in the middle of a block."""
-        if request.command != c.CMD_READ or request.length > _NOW_MAX:
+        if request.command != c.CMD_READ or request.length > LARGE:
             return None
         data = self.buffers.take(request.length)
         try:
