@@ -41,7 +41,7 @@ INLINE_MAX: Final = MiB
 # For as long as _WATCH_SECONDS after it the kernel is asked before and after each write whether the thread has slept in it
 # (1 us a write), and one that is as slow because of that moves the writes to the threads.
 _STALL_SECONDS: Final = 0.005
-_WATCH_SECONDS: Final = 1.0
+_WATCH_SECONDS: Final = 2.0
 _QUIET_SECONDS: Final = 1.0
 # Threads per device: as many requests wait for the disk at a time, and a queue depth of 16 keeps one busy.
 _THREADS: Final = 16
@@ -116,30 +116,18 @@ class FileDevice(BlockDevice):
         if len(data) > INLINE_MAX:
             return False
         before = time.monotonic()
-        if before < self._watched_until:
-            return self._pwrite_watched(data, offset, before)
+        if before < self._stalled_until:
+            return False
+        slept = _times_slept() if before < self._watched_until else None
         try:
             done = os.pwrite(self._fd, data, offset)
         except OSError as error:
             raise self._failed(error, "writing", offset) from None
         after = time.monotonic()
         if after - before > _STALL_SECONDS:
+            if slept is not None and _times_slept() > slept:
+                self._stalled_until = after + _QUIET_SECONDS
             self._watched_until = after + _WATCH_SECONDS
-        return done == len(data)
-
-    def _pwrite_watched(self, data: bytes | bytearray | memoryview, offset: int, before: float) -> bool:
-        """`pwrite_now` while the disk is under suspicion."""
-        if before < self._stalled_until:
-            return False
-        slept = _times_slept()
-        try:
-            done = os.pwrite(self._fd, data, offset)
-        except OSError as error:
-            raise self._failed(error, "writing", offset) from None
-        after = time.monotonic()
-        if after - before > _STALL_SECONDS and _times_slept() > slept:
-            self._stalled_until = after + _QUIET_SECONDS
-            self._watched_until = self._stalled_until + _WATCH_SECONDS
         return done == len(data)
 
     # --- in threads ------------------------------------------------------------------------------------------------

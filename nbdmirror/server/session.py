@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Final, cast
 
 from nbdmirror.errors import ProtocolError
 from nbdmirror.protocol.connection import ServerConnection
-from nbdmirror.protocol.messages import Disconnected, Opened, StartTls
+from nbdmirror.protocol.constants import OptionReply
+from nbdmirror.protocol.messages import Disconnected, ExportQuery, ListQuery, MetaContextQuery, Opened, StartTls
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.budget import LARGE
 from nbdmirror.server.export import OpenExport
-from nbdmirror.server.haggling import haggle
 from nbdmirror.server.sending import send_now
 from nbdmirror.server.service import After, Service
 from nbdmirror.server.tls import NO_TLS, reason_of, start_tls, subject_of
@@ -157,17 +157,37 @@ class Session(asyncio.BufferedProtocol):
             self._close_when_done()
 
     def _haggle(self) -> None:
-        match haggle(self._connection, self._exports):
-            case Opened(info=info) as event:
-                export = self._exports[info.name]
-                export.clients += 1
-                self._service = Service(self._connection, OpenExport(export, event, self._shared.buffers), self._shared, self)
-                if self._shutting_down:
-                    self._service.shut_down()
-            case StartTls():
-                self._begin_tls()
-            case Disconnected():
-                self._closing = True
+        connection = self._connection
+        while (event := connection.next_event()) is not None:
+            match event:
+                case ExportQuery(name=name):
+                    export = self._exports.get(name)
+                    if export is None:
+                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
+                    else:
+                        connection.accept(export.info())
+                case ListQuery():
+                    connection.list_exports([(export.name, export.description) for export in self._exports.values()])
+                case MetaContextQuery(export=name):
+                    export = self._exports.get(name)
+                    if export is None:
+                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
+                    else:
+                        connection.offer_contexts(export.info().contexts)
+                case Opened(info=info):
+                    export = self._exports[info.name]
+                    export.clients += 1
+                    opened = OpenExport(export, event, self._shared.buffers)
+                    self._service = Service(self._connection, opened, self._shared, self)
+                    if self._shutting_down:
+                        self._service.shut_down()
+                    return
+                case StartTls():
+                    self._begin_tls()
+                    return
+                case Disconnected():
+                    self._closing = True
+                    return
 
     def _serve(self, service: Service) -> None:
         after = service.serve_batch()
