@@ -22,41 +22,43 @@ LENGTHS_KEPT: Final = 4
 class BufferPool:
     """The spare buffers of one server, by length. What they hold is whatever they were used for last."""
 
-    __slots__ = ("_spare",)
+    __slots__ = ("spare",)
 
     def __init__(self) -> None:
-        self._spare: dict[int, list[bytearray]] = {}
+        self.spare: dict[int, list[bytearray]] = {}
 
     def take(self, length: int) -> bytearray:
         """A buffer of `length` bytes, of any content."""
-        spare = self._spare.get(length)
+        spare = self.spare.get(length)
         return spare.pop() if spare else bytearray(length)
 
-    def give(self, buffer: bytearray) -> None:
-        """Nobody uses this buffer any more (rule 1)."""
-        length = len(buffer)
-        spare = self._spare.get(length)
-        if spare is None:
-            if len(self._spare) == LENGTHS_KEPT:
-                del self._spare[next(iter(self._spare))]
-            spare = self._spare[length] = []
-        if (len(spare) + 1) * length <= BYTES_KEPT:
-            spare.append(buffer)
+    def give(self, buffers: list[bytearray]) -> None:
+        """Nobody uses these buffers any more (rule 1)."""
+        for length in set(map(len, buffers)):
+            spare = self.spare.get(length)
+            if spare is None:
+                if len(self.spare) == LENGTHS_KEPT:
+                    del self.spare[next(iter(self.spare))]
+                spare = self.spare[length] = []
+            room = BYTES_KEPT // length - len(spare)
+            spare += [buffer for buffer in buffers if len(buffer) == length][:room]
 
 
 class ReadBuffers:
     """The buffers of one client's reads, from `pool` and back to it once they have been sent."""
 
-    __slots__ = ("_lent", "_pool", "_waiting")
+    __slots__ = ("_lent", "_pool", "_spare", "_waiting")
 
     def __init__(self, pool: BufferPool) -> None:
         self._pool = pool
+        self._spare = pool.spare  # looked at for every read
         self._lent: list[bytearray] = []
         self._waiting: list[bytearray] = []
 
     def take(self, length: int) -> bytearray:
         """A buffer of `length` bytes, of any content."""
-        buffer = self._pool.take(length)
+        spare = self._spare.get(length)
+        buffer = spare.pop() if spare else bytearray(length)
         self._lent.append(buffer)
         return buffer
 
@@ -71,7 +73,6 @@ class ReadBuffers:
 
     def all_sent(self) -> None:
         """Nothing that was handed over is being read from any more."""
-        give = self._pool.give
-        for buffer in self._waiting:
-            give(buffer)
-        self._waiting.clear()
+        if self._waiting:
+            self._pool.give(self._waiting)
+            self._waiting.clear()

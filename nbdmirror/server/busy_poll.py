@@ -8,7 +8,8 @@ Rules:
 1. The loop goes on looking at everything that it watches; only its sleep is put off. So nobody waits longer for it.
 2. It is done only where the last pause was shorter than what would be spent on the next: a client that takes its time, or
    has gone quiet, costs one such moment and then nothing.
-3. In between the processor is offered to whoever else wants it: the client may need the very one.
+3. While nothing comes the processor is offered to whoever else wants it: the client may need the very one. While there is
+   something to do it is not: who offers it each time gets less of a busy machine than others.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _PATIENCE: Final = 60e-6
 class BusyPoll:
     """One for all connections that share a loop."""
 
-    __slots__ = ("_answered", "_is_polling")
+    __slots__ = ("_answered", "_is_polling", "_seen")
 
     def __init__(self) -> None:
         self._answered = 0.0
+        self._seen = 0.0
         self._is_polling = False
 
     def answered(self, arrived: float) -> None:
@@ -39,8 +41,11 @@ class BusyPoll:
             asyncio.get_running_loop().call_soon(self._poll)
 
     def _poll(self) -> None:
-        if time.monotonic() - self._answered < _PATIENCE:
+        if self._seen != self._answered:
+            self._seen = self._answered
+        elif time.monotonic() - self._answered < _PATIENCE:
             os.sched_yield()
-            asyncio.get_running_loop().call_soon(self._poll)
         else:
             self._is_polling = False
+            return
+        asyncio.get_running_loop().call_soon(self._poll)

@@ -131,7 +131,7 @@ class Service:
     def _give_back(self, request: Request) -> None:
         """Keep the buffer of a payload that has been written for the next one."""
         if request.payload is not None:
-            self._buffers.give(cast("bytearray", request.payload.obj))
+            self._buffers.give([cast("bytearray", request.payload.obj)])
 
     def _is_full(self) -> bool:
         return (
