@@ -51,10 +51,13 @@ class After(Enum):
 
 
 class Link(Holder, Protocol):
-    """The session, as far as serving needs it: `peer` is the client's name for the log."""
+    """The session, as far as serving needs it."""
 
-    peer: str
     write_paused: bool
+
+    @property
+    def peer(self) -> str:
+        """The client's name, for the log."""
 
     @property
     def is_gone(self) -> bool:
@@ -234,7 +237,6 @@ class Service:
 
     def connection_lost(self) -> None:
         """The client has gone; what it has in flight goes on."""
-        self.opened.export.clients -= 1
         self._share.incoming_ends()
         self._share.unsent_ends()
 

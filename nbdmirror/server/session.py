@@ -69,7 +69,7 @@ class Session(asyncio.BufferedProtocol):
         self._service: Service | None = None
         self._transport: asyncio.Transport | None = None
         self._fd = -1
-        self.peer = "client"
+        self._peer = "client"
         self._arrived = 0.0
         self.write_paused = False
         self._read_paused = False
@@ -83,7 +83,7 @@ class Session(asyncio.BufferedProtocol):
         """Greet."""
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
-        self.peer = _peer_name(transport)
+        self._peer = _peer_name(transport)
         if not self._is_admitted(transport):
             return
         self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
@@ -114,11 +114,12 @@ class Session(asyncio.BufferedProtocol):
         if self._transport is None:
             return
         if exc is not None:
-            _log.info("%s: connection lost: %s", self.peer, exc)
+            _log.info("%s: connection lost: %s", self._peer, exc)
         self._transport = None
         self._fd = -1
         self.write_paused = False
         if self._service is not None:
+            self._service.opened.export.clients -= 1
             self._service.connection_lost()
         self._closed.set()
         self._on_closed(self)
@@ -147,10 +148,10 @@ class Session(asyncio.BufferedProtocol):
             if self._service is not None:
                 self._serve(self._service)
         except ProtocolError as error:
-            _log.warning("%s: %s; dropped", self.peer, error)
+            _log.warning("%s: %s; dropped", self._peer, error)
             self.abort()
         except Exception:
-            _log.exception("%s: dropped because of a fault in the server", self.peer)
+            _log.exception("%s: dropped because of a fault in the server", self._peer)
             self.abort()
         else:
             self.send()
@@ -201,7 +202,7 @@ class Session(asyncio.BufferedProtocol):
     def _is_admitted(self, transport: asyncio.BaseTransport) -> bool:
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple) and not self._access.admits_address(peer[0].partition("%")[0]):
-            _log.warning("%s: its address is not among those allowed; refused", self.peer)
+            _log.warning("%s: its address is not among those allowed; refused", self._peer)
             self.abort()
             return False
         return True
@@ -223,9 +224,9 @@ class Session(asyncio.BufferedProtocol):
             self._go_on_encrypted(upgrade.result())
             return
         if isinstance(error, OSError):
-            _log.warning("%s: the TLS handshake failed: %s; dropped", self.peer, reason_of(error))
+            _log.warning("%s: the TLS handshake failed: %s; dropped", self._peer, reason_of(error))
         elif not upgrade.cancelled():
-            _log.error("%s: dropped because of a fault in the server", self.peer, exc_info=error)
+            _log.error("%s: dropped because of a fault in the server", self._peer, exc_info=error)
         self.abort()
         self.connection_lost(None)  # the loop tells the TLS layer alone
 
@@ -239,7 +240,7 @@ class Session(asyncio.BufferedProtocol):
             self._connection.tls_started()
             self.pump()  # the client may have gone on already
         else:
-            _log.warning("%s: its certificate, for '%s', is not among those allowed; refused", self.peer, name)
+            _log.warning("%s: its certificate, for '%s', is not among those allowed; refused", self._peer, name)
             self.abort()
 
     def served(self) -> None:
@@ -258,7 +259,7 @@ class Session(asyncio.BufferedProtocol):
 
     def drop(self, reason: str) -> None:
         """See budget.Holder."""
-        _log.warning("%s: %s; dropped", self.peer, reason)
+        _log.warning("%s: %s; dropped", self._peer, reason)
         self.abort()
 
     # --- sending ---------------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ class Session(asyncio.BufferedProtocol):
             try:
                 out = send_now(self._fd, out)
             except OSError as error:
-                _log.info("%s: connection lost: %s", self.peer, error.strerror)
+                _log.info("%s: connection lost: %s", self._peer, error.strerror)
                 self.abort()
                 return
             if not out and buffers is not None:
@@ -313,6 +314,11 @@ class Session(asyncio.BufferedProtocol):
     def hang_up(self) -> None:
         """Close as soon as nothing is in flight any more."""
         self._begin_close()
+
+    @property
+    def peer(self) -> str:
+        """See service.Link."""
+        return self._peer
 
     @property
     def is_gone(self) -> bool:
@@ -352,7 +358,7 @@ class Session(asyncio.BufferedProtocol):
         await self._closed.wait()
 
     def __repr__(self) -> str:
-        return f"<Session {self.peer} {self._in_flight} in flight>"
+        return f"<Session {self._peer} {self._in_flight} in flight>"
 
 
 def _peer_name(transport: asyncio.BaseTransport) -> str:
