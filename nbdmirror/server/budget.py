@@ -6,32 +6,30 @@ Rules:
    refused. One that is larger than all of the budget gets it once nobody else has any.
 2. Smaller requests never wait here: each connection has room for its own (`session.MAX_BYTES_IN_FLIGHT`). So connections hold
    that much each at the worst, and BYTES more in all.
-3. A peer can only harm itself: while somebody waits, a holder whose client takes and sends nothing for PATIENCE seconds, and
-   who does not wait for the disk, is dropped.
+3. A peer can only harm itself: while somebody waits, a holder whose client takes and sends less than PACE bytes in PATIENCE
+   seconds, and who does not wait for the disk, is dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from nbdmirror.units import MiB
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable
 
 LARGE: Final = MiB
 # One of the largest requests, or two of QEMU's largest.
 BYTES: Final = 64 * MiB
 PATIENCE: Final = 10.0
+PACE: Final = MiB
 
 
 class Holder(Protocol):
     """Who asks: a connection."""
 
-    def progress(self) -> Hashable:
-        """Anything that changes when the client takes or sends something, or the server works for it."""
+    def moved(self) -> int | None:
+        """How many bytes the client has sent and taken so far; None while the server works for it."""
 
     def drop(self, reason: str) -> None:
         """Hang up, and release what is held."""
@@ -46,7 +44,7 @@ class Budget:
         self._held: dict[Holder, int] = {}
         self._spent = 0
         self._waiting: deque[tuple[Holder, int, asyncio.Future[None]]] = deque()
-        self._seen: dict[Holder, Hashable] = {}
+        self._seen: dict[Holder, int | None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def acquire(self, holder: Holder, amount: int) -> asyncio.Future[None] | None:
@@ -91,11 +89,15 @@ class Budget:
             self._timer = None
 
     def _watch(self) -> None:
-        self._seen = {holder: holder.progress() for holder in self._held}
+        self._seen = {holder: holder.moved() for holder in self._held}
         self._timer = asyncio.get_running_loop().call_later(self._patience, self._look)
 
     def _look(self) -> None:
-        stuck = [holder for holder, seen in self._seen.items() if holder in self._held and holder.progress() == seen]
+        slow = [holder for holder, seen in self._seen.items() if holder in self._held and _is_slow(seen, holder.moved())]
         self._watch()
-        for holder in stuck:
-            holder.drop(f"it neither took nor sent anything for {self._patience:.0f} s while others waited")
+        for holder in slow:
+            holder.drop(f"it took and sent less than {PACE >> 20} MiB in {self._patience:.0f} s while others waited for memory")
+
+
+def _is_slow(before: int | None, now: int | None) -> bool:
+    return before is not None and now is not None and now - before < PACE

@@ -33,7 +33,7 @@ from nbdmirror.sockets import widen_unix_send_buffer
 from nbdmirror.units import KiB, MiB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Callable, Mapping
 
     from nbdmirror.server.access import Access
     from nbdmirror.server.export import Export
@@ -70,7 +70,8 @@ class Session(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._fd = -1
         self._peer = "client"
-        self._arrived = 0.0
+        self._received = 0  # bytes
+        self._handed_over = 0  # bytes, to the transport
         self.write_paused = False
         self._read_paused = False
         self._closing = False
@@ -98,11 +99,12 @@ class Session(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Serve what has arrived."""
-        self._arrived = time.monotonic()
+        arrived = time.monotonic()
+        self._received += nbytes
         self._connection.buffer_updated(nbytes)
         self.pump()
         if self._service is not None:
-            self._shared.busy_poll.answered(self._arrived)
+            self._shared.busy_poll.answered(arrived)
 
     def eof_received(self) -> bool:
         """The client sends no more; it may still read, so what is in flight is answered before closing."""
@@ -131,9 +133,9 @@ class Session(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client has caught up."""
         self.write_paused = False
-        if self._service is not None:
-            self._service.all_sent()
         self.send()
+        if self._service is not None and not self.write_paused:
+            self._service.all_sent()
         self.pump()
 
     # --- serving ---------------------------------------------------------------------------------------------------
@@ -251,11 +253,11 @@ class Session(asyncio.BufferedProtocol):
         if self._read_paused:
             self.pump()
 
-    def progress(self) -> Hashable:
+    def moved(self) -> int | None:
         """See budget.Holder."""
         if self._transport is None or (self._service is not None and self._service.working):
-            return object()
-        return self._arrived, self._transport.get_write_buffer_size()
+            return None
+        return self._received + self._handed_over - self._transport.get_write_buffer_size()
 
     def drop(self, reason: str) -> None:
         """See budget.Holder."""
@@ -288,6 +290,7 @@ class Session(asyncio.BufferedProtocol):
         elif buffers is not None:
             buffers.handed_over()
         if out:
+            self._handed_over += sum(map(len, out))
             transport.writelines(out)
 
     # --- pausing and ending ----------------------------------------------------------------------------------------

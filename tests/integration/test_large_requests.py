@@ -73,7 +73,7 @@ async def until_spent(budget: Budget, amount: int) -> None:
             await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("per_client", [1, 3])
+@pytest.mark.parametrize("per_client", [1, 10])
 async def test_reads_of_many_clients_wait_and_are_all_answered(sock_dir: Path, per_client: int) -> None:
     async with listening(sock_dir, disk()) as (path, budget):
         clients = [await connect(path) for _ in range(CLIENTS)]

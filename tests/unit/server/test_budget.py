@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
-from nbdmirror.server.budget import Budget
+import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable
+from nbdmirror.server.budget import PACE, Budget
 
 
 class Client:
-    """A holder whose `moved` the test sets."""
+    """A holder that has moved `each` bytes more whenever it is looked at."""
 
-    def __init__(self) -> None:
-        self.moved = 0
+    def __init__(self, each: int = 0) -> None:
+        self.each = each
+        self.count = 0
         self.dropped = asyncio.Event()
         self.reason = ""
 
-    def progress(self) -> Hashable:
-        return self.moved
+    def moved(self) -> int | None:
+        self.count += self.each
+        return self.count
 
     def drop(self, reason: str) -> None:
         self.reason = reason
@@ -30,8 +30,8 @@ class Client:
 class Busy(Client):
     """One for whom the server works."""
 
-    def progress(self) -> Hashable:
-        return object()
+    def moved(self) -> int | None:
+        return None
 
 
 async def test_what_fits_is_granted_at_once() -> None:
@@ -80,14 +80,17 @@ async def test_who_was_cancelled_while_waiting_gets_nothing() -> None:
     assert budget.spent == 100
 
 
-async def test_who_holds_it_and_stands_still_while_others_wait_is_dropped() -> None:
-    budget, idle, busy, waiting = Budget(100, patience=0.01), Client(), Busy(), Client()
+@pytest.mark.parametrize("each", [0, PACE // 4])
+async def test_who_holds_it_and_hardly_moves_while_others_wait_is_dropped(each: int) -> None:
+    budget, idle, busy, quick, waiting = Budget(100, patience=0.01), Client(each), Busy(), Client(PACE), Client()
     assert budget.acquire(idle, 50) is None
-    assert budget.acquire(busy, 50) is None
+    assert budget.acquire(busy, 25) is None
+    assert budget.acquire(quick, 25) is None
     turn = budget.acquire(waiting, 10)
     await asyncio.wait_for(idle.dropped.wait(), 10)
     assert "while others waited" in idle.reason
     assert not busy.dropped.is_set()
+    assert not quick.dropped.is_set()
     assert turn is not None
     budget.release(idle, 50)
     await turn
@@ -97,7 +100,6 @@ async def test_nobody_is_dropped_while_nobody_waits() -> None:
     budget, one, two = Budget(100, patience=0.0), Client(), Client()
     assert budget.acquire(one, 100) is None
     turn = budget.acquire(two, 10)
-    one.moved += 1
     assert turn is not None
     budget.release(one, 100)
     await turn
