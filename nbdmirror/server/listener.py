@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
+from nbdmirror.server.shared import Shared
 from nbdmirror.server.tls import NO_TLS
 from nbdmirror.sockets import for_loop, listen_tcp, listen_unix
 
@@ -95,6 +96,7 @@ class Listener:
         self._joining: set[asyncio.Task[None]] = set()
         self._rest: asyncio.TimerHandle | None = None
         self._is_short_of_files = False
+        self._shared = Shared()
 
     @classmethod
     def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0, tls: Tls = NO_TLS) -> Listener:
@@ -165,7 +167,7 @@ class Listener:
             sock.close()
         else:
             loop = asyncio.get_running_loop()
-            session = Session(self._exports, self._left, self._tls, self._access)
+            session = Session(self._exports, self._left, self._shared, self._tls, self._access)
             self._sessions[session] = loop.call_later(self._haggling, session.end_haggling, self._haggling)
             task = loop.create_task(self._join(sock, session))
             self._joining.add(task)
