@@ -123,6 +123,12 @@ class TrackedDevice(BlockDevice):
             for observer in observers:
                 observer.write_ends(offset, length)
 
+    def abandoned(self, offset: int, length: int) -> None:
+        """See BlockDevice. Observers hear of it as of a write that failed: what was meant to be there is not known."""
+        for observer in self._observers:
+            observer.write_begins(offset, length)
+            observer.write_ends(offset, length)
+
     async def pwrite(self, data: bytes | bytearray | memoryview, offset: int, flags: int = 0) -> None:
         """See BlockDevice."""
         token = await self._begin(offset, len(data))

@@ -80,6 +80,11 @@ class ServerConnection:
         return event
 
     @property
+    def unfinished(self) -> Request | None:
+        """The WRITE whose payload has come only in part."""
+        return None if self._transmission is None else self._transmission.unfinished
+
+    @property
     def awaits_room(self) -> int:
         """The length of the large payload that comes next and waits for `admit_payload`, or 0."""
         return 0 if self._transmission is None else self._transmission.awaits_room

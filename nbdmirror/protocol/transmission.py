@@ -87,6 +87,11 @@ class Transmission:
         self._has_room = False
         self.awaits_room = 0
 
+    @property
+    def unfinished(self) -> Request | None:
+        """The WRITE whose payload has come only in part. A short one waits in the window, and is not known before it is whole."""
+        return None if self._awaiting is None else m.Request(c.CMD_WRITE, *self._awaiting)
+
     def next_request(self) -> Request | None:
         """The next whole request in what has been received, else None."""
         if not self._is_between:

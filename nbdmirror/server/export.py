@@ -162,6 +162,11 @@ class OpenExport:
         except DeviceError as error:
             return refusal_from(error)
 
+    def abandon(self, request: Request) -> None:
+        """The client has gone in the middle of a WRITE: nothing of it is on the disk, but its range is marked."""
+        if refusal_of(request, self._info, structured=self._structured) is None:
+            self._device.abandoned(request.offset, request.length)
+
     def _read_reply(self, request: Request, data: bytearray) -> Answer:
         """The data whole or, where the client takes chunks and it is worth telling, with its zeroes as holes."""
         if not self._structured or request.flags & c.DF:

@@ -237,6 +237,8 @@ class Service:
 
     def connection_lost(self) -> None:
         """The client has gone; what it has in flight goes on."""
+        if (unfinished := self._connection.unfinished) is not None:
+            self.opened.abandon(unfinished)
         self._share.incoming_ends()
         self._share.unsent_ends()
 
