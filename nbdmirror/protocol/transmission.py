@@ -89,7 +89,7 @@ class Transmission:
 
     @property
     def unfinished(self) -> Request | None:
-        """The WRITE whose payload has come only in part. A short one waits in the window, and is not known before it is whole."""
+        """The WRITE whose payload has come only in part. A short one is not known before it is whole."""
         return None if self._awaiting is None else m.Request(c.CMD_WRITE, *self._awaiting)
 
     def next_request(self) -> Request | None:
