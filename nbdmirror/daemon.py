@@ -18,19 +18,24 @@ import signal
 import socket
 import sys
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from nbdmirror import __version__
+from nbdmirror.commands.bitmap import BitmapCommands
+from nbdmirror.commands.bitmap_actions import BitmapActions
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
+from nbdmirror.commands.export import SERVED_EXPORT, ExportCommands
 from nbdmirror.commands.job import JobCommands
+from nbdmirror.commands.nbd_server import NbdServerCommands
+from nbdmirror.commands.object import ObjectCommands
+from nbdmirror.commands.transaction import TransactionCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
-from nbdmirror.devices.uri import NbdEndpoint
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
-from nbdmirror.inventory import Inventory, Node
+from nbdmirror.inventory import Inventory, LiveBitmaps, Node, NoKeeper
 from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
@@ -38,6 +43,7 @@ from nbdmirror.qmp.registry import Registry
 from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener
+from nbdmirror.server.nbd_server import BlockExport
 from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
 
 _log: Final = logging.getLogger(__name__)
@@ -105,17 +111,20 @@ class Daemon:
         disk = await open_device(options.disk, read_only=options.read_only)
         stack.push_async_callback(self._close_nodes)
         node = inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
-        inventory.exports[options.export_name] = Export(
-            options.export_name, node.device, description=options.description, read_only=options.read_only
+        export = Export(
+            options.export_name,
+            node.device,
+            description=options.description,
+            read_only=options.read_only,
+            bitmaps=LiveBitmaps(inventory, node.device),
         )
-        BlockCommands(inventory).register(self._registry)
-        JobCommands(inventory, self._monitor.emit).register(self._registry)
-        ControlCommands(self._stop.set).register(self._registry)
+        exports = self._register_commands()
         stack.push_async_callback(self._monitor.aclose)
-        listener = self._listener()
+        listener = self._listener(export)
         stack.push_async_callback(listener.aclose)
-        self._uri = self._endpoint_of(listener).uri
-        inventory.own_uris.add(self._uri)
+        stack.push_async_callback(exports.aclose)
+        self._uri = listener.uri(options.export_name)
+        inventory.exports[SERVED_EXPORT] = BlockExport(SERVED_EXPORT, export, self._uri)
         for path in options.qmp_paths:
             await self._monitor.listen(path)
         stack.push_async_callback(self._end_jobs)
@@ -125,6 +134,23 @@ class Daemon:
         self._watch_signals()
         await listener.start()
         self._say_ready()
+
+    def _register_commands(self) -> ExportCommands:
+        registry, inventory, emit = self._registry, self._inventory, self._monitor.emit
+        actions = BitmapActions(inventory, NoKeeper())
+        exports = ExportCommands(inventory, emit)
+        for commands in (
+            BlockCommands(inventory),
+            BitmapCommands(inventory, actions),
+            TransactionCommands(inventory, actions),
+            exports,
+            NbdServerCommands(inventory, exports),
+            ObjectCommands(inventory),
+            JobCommands(inventory, emit),
+            ControlCommands(registry, self._stop.set),
+        ):
+            commands.register(registry)
+        return exports
 
     async def wait(self) -> int:
         """Serve until a signal, `quit`, or the end of the command that was to be run."""
@@ -158,21 +184,13 @@ class Daemon:
         except OSError as error:
             raise UsageError(f"cannot write to --ready-fd {number}: {error.strerror}") from None
 
-    def _listener(self) -> Listener:
+    def _listener(self, export: Export) -> Listener:
         options = self._options
-        exports, limit, tls = self._inventory.exports, options.max_clients, self._tls
+        exports, limit, tls = {export.name: export}, options.max_clients, self._tls
         if options.socket_path is not None:
             return Listener.unix(options.socket_path, exports, max_clients=limit, tls=tls)
         assert options.port is not None, "the command line sees to it that there is a socket or a port"
         return Listener.tcp(options.bind, options.port, exports, max_clients=limit, tls=tls, access=self._access)
-
-    def _endpoint_of(self, listener: Listener) -> NbdEndpoint:
-        address, name = listener.address, self._options.export_name
-        if isinstance(address, str):
-            endpoint = NbdEndpoint.unix(str(Path(address).absolute()), name)
-        else:
-            endpoint = NbdEndpoint.tcp(*address, name)
-        return replace(endpoint, tls=self._tls.mode is TlsMode.REQUIRE)
 
     def _watch_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -229,6 +247,8 @@ class Daemon:
 
     async def _close_nodes(self) -> None:
         for node in self._inventory.nodes.values():
+            if node.child is not None:
+                continue
             try:
                 if not node.is_read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):

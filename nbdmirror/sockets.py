@@ -38,7 +38,7 @@ def listen_unix(path: str, mode: int = 0o600) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"cannot listen on socket '{path}': {error.strerror}") from None
+        raise ListenError(f"socket '{path}'", error.strerror) from None
     finally:
         os.umask(before)
     sock.setblocking(False)
@@ -51,9 +51,9 @@ def _remove_stale(path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ListenError(f"cannot listen on socket '{path}': {error.strerror}") from None
+        raise ListenError(f"socket '{path}'", error.strerror) from None
     if not is_socket:
-        raise ListenError(f"cannot listen on socket '{path}': a file of that name exists and is not a socket")
+        raise ListenError(f"socket '{path}'", "a file of that name exists and is not a socket")
     probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     probe.setblocking(False)
     try:
@@ -64,10 +64,10 @@ def _remove_stale(path: str) -> None:
         return
     except OSError as error:
         if error.errno != errno.EAGAIN:  # EAGAIN: somebody listens, and is busy
-            raise ListenError(f"cannot listen on socket '{path}': {error.strerror}") from None
+            raise ListenError(f"socket '{path}'", error.strerror) from None
     finally:
         probe.close()
-    raise ListenError(f"cannot listen on socket '{path}': another process is listening there; stop it or choose another path")
+    raise ListenError(f"socket '{path}'", "another process is listening there; stop it or choose another path")
 
 
 def remove_unix(path: str) -> None:
@@ -93,7 +93,7 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ListenError(f"cannot listen on '{host}': {error.strerror}") from None
+        raise ListenError(f"'{host}'", error.strerror) from None
     family, kind, proto, _, address = found[0]
     sock = socket.socket(family, kind, proto)
     try:
@@ -102,6 +102,6 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        raise ListenError(f"{host} port {port}", error.strerror) from None
     sock.setblocking(False)
     return sock

@@ -182,12 +182,8 @@ def _tagged(structs: tuple[type, ...]) -> Check:
     @functools.cache
     def variants() -> tuple[str, dict[str, Check]]:
         # Late, as in members_of: a variant may hold the union itself.
-        tags = [{m.name: get_args(m.annotation)[0] for m in members_of(s) if _is_tag(m)} for s in structs]
-        common = set.intersection(*(set(tag) for tag in tags))
-        if len(common) != 1:
-            raise TypeError(f"nothing tells these apart: {[struct.__name__ for struct in structs]}")
-        name = common.pop()
-        return name, {tag[name]: checker(struct) for tag, struct in zip(tags, structs, strict=True)}
+        name, by_tag = variants_of(structs)
+        return name, {tag: checker(struct) for tag, struct in by_tag.items()}
 
     def check(value: object, place: Place) -> object:
         members = _object(value, place)
@@ -199,6 +195,16 @@ def _tagged(structs: tuple[type, ...]) -> Check:
         return by_tag[tag](value, place) if tag in by_tag else where.wrong_value(tag)
 
     return check
+
+
+def variants_of(structs: tuple[type, ...]) -> tuple[str, dict[str, type]]:
+    """The member that tells structs of a union apart, and each struct by its value there; raises TypeError."""
+    tags = [{m.name: get_args(m.annotation)[0] for m in members_of(s) if _is_tag(m)} for s in structs]
+    common = set.intersection(*(set(tag) for tag in tags))
+    if len(common) != 1:
+        raise TypeError(f"nothing tells these apart: {[struct.__name__ for struct in structs]}")
+    name = common.pop()
+    return name, {tag[name]: struct for tag, struct in zip(tags, structs, strict=True)}
 
 
 def _is_tag(member: Member) -> bool:

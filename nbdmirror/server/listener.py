@@ -3,7 +3,8 @@
 Rules:
 1. Closing stops accepting first, then lets every session finish what it accepted. Clients that are still there then have
    a moment to hear that the server shuts down and to say goodbye; then they are hung up on.
-2. With a limit on clients, one too many is hung up on at once, with a log line.
+2. With a limit on clients, one too many is hung up on at once, with a log line. With a limit on handshakes, who has not opened
+   an export by then is hung up on, too.
 """
 
 from __future__ import annotations
@@ -11,8 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdmirror.devices.uri import NbdEndpoint
+from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
 from nbdmirror.server.tls import NO_TLS
@@ -32,7 +38,7 @@ _FAREWELL_SECONDS: Final = 0.25
 
 
 class Listener:
-    """One listening socket. `max_clients` 0 means no limit; `farewell` is what clients get at the end, in seconds."""
+    """One listening socket. `max_clients` and `handshake_seconds` 0 mean no limit; `farewell` is for clients, at the end."""
 
     def __init__(
         self,
@@ -40,6 +46,7 @@ class Listener:
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
+        handshake_seconds: float = 0,
         farewell: float = _FAREWELL_SECONDS,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
@@ -47,6 +54,7 @@ class Listener:
         self._sock = sock
         self._exports = exports
         self._max_clients = max_clients
+        self._handshake_seconds = handshake_seconds
         self._farewell = farewell
         self._tls = tls
         self._access = access
@@ -55,9 +63,17 @@ class Listener:
         self._path = sock.getsockname() if sock.family == socket.AF_UNIX else None
 
     @classmethod
-    def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0, tls: Tls = NO_TLS) -> Listener:
+    def unix(
+        cls,
+        path: str,
+        exports: Mapping[str, Export],
+        *,
+        max_clients: int = 0,
+        handshake_seconds: float = 0,
+        tls: Tls = NO_TLS,
+    ) -> Listener:
         """Listen on a Unix socket."""
-        return cls(listen_unix(path), exports, max_clients=max_clients, tls=tls)
+        return cls(listen_unix(path), exports, max_clients=max_clients, handshake_seconds=handshake_seconds, tls=tls)
 
     @classmethod
     def tcp(
@@ -67,17 +83,28 @@ class Listener:
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
+        handshake_seconds: float = 0,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
     ) -> Listener:
         """Listen on TCP."""
-        return cls(listen_tcp(host, port), exports, max_clients=max_clients, tls=tls, access=access)
+        sock = listen_tcp(host, port)
+        return cls(sock, exports, max_clients=max_clients, handshake_seconds=handshake_seconds, tls=tls, access=access)
 
     @property
     def address(self) -> tuple[str, int] | str:
         """The path of a Unix socket, or host and port."""
         name = self._sock.getsockname()
         return name if isinstance(name, str) else (name[0], name[1])
+
+    def uri(self, name: str) -> str:
+        """Where clients find an export of that name."""
+        address = self.address
+        if isinstance(address, str):
+            endpoint = NbdEndpoint.unix(str(Path(address).absolute()), name)
+        else:
+            endpoint = NbdEndpoint.tcp(*address, name)
+        return replace(endpoint, tls=self._tls.mode is TlsMode.REQUIRE).uri
 
     async def start(self) -> None:
         """Begin to accept."""
@@ -93,7 +120,15 @@ class Listener:
             return _Refused()
         session = Session(self._exports, self._sessions.discard, self._tls, self._access)
         self._sessions.add(session)
+        if self._handshake_seconds:
+            # By a weak reference: the timer outlives short visits, of which there may be many.
+            asyncio.get_running_loop().call_later(self._handshake_seconds, self._check_open, weakref.ref(session))
         return session
+
+    def _check_open(self, reference: weakref.ref[Session]) -> None:
+        session = reference()
+        if session is not None:
+            session.drop_unless_open(self._handshake_seconds)
 
     async def aclose(self) -> None:
         """Stop accepting, finish what was accepted, close."""

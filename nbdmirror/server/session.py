@@ -131,7 +131,7 @@ class Session(asyncio.BufferedProtocol):
         self._transport = None
         self._fd = -1
         if self._open is not None:
-            self._open.export.clients -= 1
+            self._open.export.sessions.discard(self)
         self._closed.set()
         self._on_closed(self)
 
@@ -158,10 +158,10 @@ class Session(asyncio.BufferedProtocol):
                 self._serve_batch(self._open)
         except ProtocolError as error:
             _log.warning("%s: %s; dropped", self._peer, error)
-            self._abort()
+            self.abort()
         except Exception:
             _log.exception("%s: dropped because of a fault in the server", self._peer)
-            self._abort()
+            self.abort()
         else:
             self._send()
             self._close_when_done()
@@ -170,23 +170,17 @@ class Session(asyncio.BufferedProtocol):
         connection = self._connection
         while (event := connection.next_event()) is not None:
             match event:
+                case ExportQuery(name=name) | MetaContextQuery(export=name) if name not in self._exports:
+                    connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
                 case ExportQuery(name=name):
-                    export = self._exports.get(name)
-                    if export is None:
-                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
-                    else:
-                        connection.accept(export.info())
+                    connection.accept(self._exports[name].info())
                 case ListQuery():
                     connection.list_exports([(export.name, export.description) for export in self._exports.values()])
                 case MetaContextQuery(export=name):
-                    export = self._exports.get(name)
-                    if export is None:
-                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
-                    else:
-                        connection.offer_contexts(export.info().contexts)
+                    connection.offer_contexts(self._exports[name].info().contexts)
                 case Opened(info=info):
                     export = self._exports[info.name]
-                    export.clients += 1
+                    export.sessions.add(self)
                     self._open = OpenExport(export, event)
                     return
                 case StartTls():
@@ -200,7 +194,7 @@ class Session(asyncio.BufferedProtocol):
         peer = transport.get_extra_info("peername")
         if isinstance(peer, tuple) and not self._access.admits_address(peer[0].partition("%")[0]):
             _log.warning("%s: its address is not among those allowed; refused", self._peer)
-            self._abort()
+            self.abort()
             return False
         return True
 
@@ -224,7 +218,7 @@ class Session(asyncio.BufferedProtocol):
             _log.warning("%s: the TLS handshake failed: %s; dropped", self._peer, reason_of(error))
         elif not upgrade.cancelled():
             _log.error("%s: dropped because of a fault in the server", self._peer, exc_info=error)
-        self._abort()
+        self.abort()
         self.connection_lost(None)  # the loop tells the TLS layer alone
 
     def _go_on_encrypted(self, transport: asyncio.Transport) -> None:
@@ -238,7 +232,7 @@ class Session(asyncio.BufferedProtocol):
             self._pump()  # the client may have gone on already
         else:
             _log.warning("%s: its certificate, for '%s', is not among those allowed; refused", self._peer, name)
-            self._abort()
+            self.abort()
 
     def _serve_batch(self, opened: OpenExport) -> None:
         connection, serve_now = self._connection, opened.serve_now
@@ -282,7 +276,7 @@ class Session(asyncio.BufferedProtocol):
             self._connection.reply(request, answer)
         except Exception:
             _log.exception("%s: dropped because of a fault in the server while serving %r", self._peer, request)
-            self._abort()
+            self.abort()
         finally:
             self._bytes_in_flight -= weight
             task = asyncio.current_task()
@@ -325,7 +319,7 @@ class Session(asyncio.BufferedProtocol):
             return out
         except OSError as error:
             _log.info("%s: connection lost: %s", self._peer, error.strerror)
-            self._abort()
+            self.abort()
             return []
         return _unsent(out, sent)
 
@@ -346,11 +340,17 @@ class Session(asyncio.BufferedProtocol):
         self._shutting_down = True
         self._connection.shut_down()
         if self._upgrade is not None:
-            self._abort()
+            self.abort()
 
     def hang_up(self) -> None:
         """Close as soon as nothing is in flight any more."""
         self._begin_close()
+
+    def drop_unless_open(self, seconds: float) -> None:
+        """Hang up on a client that has had so long and has not opened an export."""
+        if self._open is None and self._transport is not None:
+            _log.warning("%s: it opened no export within %g s; dropped", self._peer, seconds)
+            self.abort()
 
     def _begin_close(self) -> None:
         self._closing = True
@@ -361,8 +361,8 @@ class Session(asyncio.BufferedProtocol):
             self._send()
             self._transport.close()
 
-    def _abort(self) -> None:
-        """Hang up; what is in flight is finished all the same."""
+    def abort(self) -> None:
+        """Hang up at once; what is in flight is finished all the same."""
         self._closing = True
         if self._upgrade is not None:
             self._upgrade.cancel()

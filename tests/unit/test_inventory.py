@@ -14,6 +14,7 @@ from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import InactiveError, NotFoundError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.server.export import Export
+from nbdmirror.server.nbd_server import BlockExport
 from tests.support.fakes import settled
 from tests.support.rig import HeldDisk
 
@@ -39,7 +40,8 @@ class Rigged:
     def __init__(self, source: BlockDevice | None = None) -> None:
         self.inventory = Inventory()
         self.source = self.add("source", source)
-        self.export = self.inventory.exports[""] = Export("", self.source.device)
+        self.export = Export("", self.source.device)
+        self.inventory.exports["default"] = BlockExport("default", self.export, "nbd+unix:///?socket=/s")
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.jobs = JobCommands(self.inventory, lambda event, data: self.events.append((event, data)))
         self.blocks = BlockCommands(self.inventory)
@@ -117,7 +119,7 @@ async def test_pivot_exchanges_the_disks_under_the_filter() -> None:
     async with device.drained():
         rig.inventory.pivot(rig.source, target)
     assert rig.export.device is device is target.device
-    assert rig.inventory.node_of(rig.export) is target
+    assert rig.inventory.node_of(rig.export.device) is target
     assert rig.inventory.is_exported(target)
     assert not rig.inventory.is_exported(rig.source)
     await device.pwrite(b"new", 0)
@@ -191,7 +193,7 @@ async def test_mirror_and_complete_between_two_nodes() -> None:
 )
 async def test_mirrors_that_would_disturb_each_other(device: str, target: str, text: str) -> None:
     rig = Rigged()
-    rig.inventory.exports["shown"] = Export("shown", rig.add("shown").device)
+    rig.inventory.exports["shown"] = BlockExport("shown", Export("shown", rig.add("shown").device), "")
     rig.add("fixed", MemoryDevice(SIZE, read_only=True))
     for name in ("target", "other", "third"):
         rig.add(name)

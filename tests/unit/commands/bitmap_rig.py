@@ -1,0 +1,89 @@
+"""An inventory with disks whose writes a test holds, and the bitmap commands over it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nbdmirror.commands.bitmap import BitmapCommands, bitmap_infos
+from nbdmirror.commands.bitmap_actions import BitmapActions
+from nbdmirror.commands.transaction import TransactionCommands
+from nbdmirror.errors import NbdMirrorError, StateError
+from nbdmirror.inventory import Inventory, Node
+from nbdmirror.qmp.messages import Version
+from nbdmirror.qmp.registry import Registry
+from tests.support.fakes import GatedDevice
+
+if TYPE_CHECKING:
+    from nbdmirror.bitmap.named import NamedBitmap
+
+CHUNK = 65536
+SIZE = 64 * CHUNK
+
+
+class Shelf:
+    """A BitmapKeeper that keeps names."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, str]] = []
+        self.full = False
+
+    def check(self, node: Node) -> None:
+        if node.name == "elsewhere":
+            raise StateError("not here")
+
+    def keep(self, node: Node, bitmap: NamedBitmap) -> None:
+        if self.full:
+            raise StateError("the shelf is full")
+        self.kept.append((node.name, bitmap.name))
+
+    def drop(self, node: Node, bitmap: NamedBitmap) -> None:
+        self.kept.remove((node.name, bitmap.name))
+
+
+class BitmapRig:
+    """Two disks of one size and a smaller one."""
+
+    def __init__(self) -> None:
+        self.inventory = Inventory()
+        self.shelf = Shelf()
+        self.disks = {name: GatedDevice(size) for name, size in (("a", SIZE), ("b", SIZE), ("elsewhere", SIZE // 2))}
+        for name, disk in self.disks.items():
+            self.inventory.add_node(Node(name, "file", disk))
+        self._registry = Registry(Version(10, 1, 0, "test"))
+        actions = BitmapActions(self.inventory, self.shelf)
+        BitmapCommands(self.inventory, actions).register(self._registry)
+        TransactionCommands(self.inventory, actions).register(self._registry)
+
+    async def ask(self, command: str, **arguments: Any) -> Any:
+        """A command's result; raises NbdMirrorError."""
+        return await self._registry.dispatch(command, arguments)
+
+    async def refused(self, command: str, **arguments: Any) -> str:
+        """The error of a command."""
+        try:
+            await self.ask(command, **arguments)
+        except NbdMirrorError as error:
+            return str(error)
+        raise AssertionError(f"{command} {arguments} was taken")
+
+    async def bitmap(self, verb: str, name: str, node: str = "a", **arguments: Any) -> None:
+        """A command about one bitmap."""
+        await self.ask(f"block-dirty-bitmap-{verb}", node=node, name=name, **arguments)
+
+    def mark(self, name: str, *chunks: int, node: str = "a") -> None:
+        """As if these chunks had been written."""
+        bits = self.inventory.bitmap(node, name)[1].bits
+        for chunk in chunks:
+            bits.add(chunk * CHUNK, 1)
+
+    def chunks(self, name: str, node: str = "a") -> list[int]:
+        """What is dirty."""
+        bits = self.inventory.bitmap(node, name)[1].bits
+        return [chunk for chunk in range(bits.chunks) if bits.is_dirty(chunk)]
+
+    def state(self) -> Any:
+        """Everything that can be seen of bitmaps."""
+        return {
+            name: [(info, self.chunks(info["name"], name)) for info in bitmap_infos(node)]
+            for name, node in self.inventory.nodes.items()
+        }
