@@ -39,6 +39,8 @@ _MODULES: Final = {
     "cancel": "job",
     "dismiss": "job",
     "set-speed": "job",
+    "bitmap": "bitmap",
+    "export": "export",
     "qmp": "control",
     "events": "control",
     "demo": "demo",

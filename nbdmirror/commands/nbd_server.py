@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nbdmirror.commands.export import ExportCommands
 from nbdmirror.errors import ListenError, NotFoundError, StateError, UsageError
@@ -62,6 +62,7 @@ class NbdServerCommands:
         """Name the handlers."""
         registry.command("nbd-server-start")(self.nbd_server_start)
         registry.command("nbd-server-stop")(self.nbd_server_stop)
+        registry.command("x-nbdmirror-query-nbd-server")(self.query_nbd_server)
 
     async def nbd_server_start(
         self,
@@ -97,6 +98,11 @@ class NbdServerCommands:
         if server is None:
             raise StateError("NBD server not running")
         await self._exports.close_server(server)
+
+    def query_nbd_server(self) -> dict[str, Any]:
+        """Whether the server runs, and the URI of its nameless export: others have their name in it."""
+        server = self._inventory.nbd_server
+        return {"running": False} if server is None else {"running": True, "uri": server.uri("")}
 
 
 async def _address_of(addr: UnixListen | InetListen) -> str | tuple[str, int]:
