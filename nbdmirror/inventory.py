@@ -70,30 +70,30 @@ class Node:
 
 
 class BitmapKeeper(Protocol):
-    """Where persistent bitmaps are kept."""
+    """Where persistent bitmaps are kept. What it is told of is durable when it returns."""
 
-    def check(self, node: Node) -> None:
-        """Raises StateError where none of the node's bitmaps can be kept."""
+    async def create(self, node: Node, name: str, granularity: int, *, recording: bool) -> NamedBitmap:
+        """Make a bitmap and enter it among those of its node; raises NbdMirrorError, with nothing made."""
 
-    def keep(self, node: Node, bitmap: NamedBitmap) -> None:
-        """Keep a bitmap from now on, before its first write; raises NbdMirrorError, and keeps nothing then."""
+    async def remove(self, bitmap: NamedBitmap) -> None:
+        """Forget a bitmap, which may have left its node already; raises NbdMirrorError, and then it is still kept."""
 
-    def drop(self, node: Node, bitmap: NamedBitmap) -> None:
-        """Forget one for good. Does not raise: it is gone already for all who ask."""
+    async def settle(self, bitmap: NamedBitmap) -> None:
+        """See to it that what was done to a bitmap lasts; raises NbdMirrorError. Nothing, for one that is not kept."""
 
 
 class NoKeeper:
     """A BitmapKeeper that has no place to keep anything."""
 
-    def check(self, node: Node) -> None:
+    async def create(self, node: Node, name: str, granularity: int, *, recording: bool) -> NamedBitmap:  # noqa: ARG002
         """See BitmapKeeper."""
         problem = "the daemon has no state directory; start it with --state-dir"
         raise StateError(f"Can't store persistent bitmaps to {node.name}: {problem}")
 
-    def keep(self, node: Node, bitmap: NamedBitmap) -> None:
+    async def remove(self, bitmap: NamedBitmap) -> None:
         """See BitmapKeeper."""
 
-    def drop(self, node: Node, bitmap: NamedBitmap) -> None:
+    async def settle(self, bitmap: NamedBitmap) -> None:
         """See BitmapKeeper."""
 
 

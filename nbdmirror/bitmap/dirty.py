@@ -29,14 +29,19 @@ _BLOCK_SHIFT: Final = 15
 DIRTY: Final = 1
 
 
+def check_granularity(granularity: int) -> None:
+    """Raises StateError for what no chunk can have."""
+    if granularity < 512 or granularity & (granularity - 1):
+        raise StateError("Granularity must be power of 2 and at least 512")
+
+
 class DirtyBitmap:
     """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`."""
 
     __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "size")
 
     def __init__(self, size: int, granularity: int) -> None:
-        if granularity < 512 or granularity & (granularity - 1):
-            raise StateError("Granularity must be power of 2 and at least 512")
+        check_granularity(granularity)
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
@@ -178,8 +183,7 @@ class DirtyBitmap:
             for first, end in other.runs():
                 self.add(*other.range_of(first, end))
             return
-        bits = _coarsened(other._bits, self._shift - other._shift)
-        self._bits |= bits
+        self._bits[: self.chunks] |= _coarsened(other._bits[: other.chunks], self._shift - other._shift)
         self.count = self._bits.count()
         self._summary.setall(1)  # a search finds out where that is too much (rule 3)
 

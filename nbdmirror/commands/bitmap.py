@@ -1,18 +1,29 @@
 """Dirty bitmaps: block-dirty-bitmap-*, x-debug-block-dirty-bitmap-sha256, and looking into one, which QMP lacks.
 
-Nothing here waits: a command is one step of the loop, so writes come before or after it. Those in flight count as after
+A command changes bits and flags in one step of the loop, so writes come before or after it. Those in flight count as after
 (`bitmap.named`, rule 2).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from itertools import islice
 from typing import Any, Final
 
 from nbdmirror.bitmap.named import NamedBitmap
-from nbdmirror.commands.bitmap_actions import BitmapActions, BitmapAdd, BitmapMerge, BitmapName, Done
+from nbdmirror.commands.bitmap_actions import (
+    Action,
+    AddAction,
+    BitmapActions,
+    BitmapAdd,
+    BitmapMerge,
+    BitmapName,
+    ClearAction,
+    DisableAction,
+    EnableAction,
+    MergeAction,
+    RemoveAction,
+)
 from nbdmirror.errors import StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.qmp.registry import Registry
@@ -33,28 +44,46 @@ class BitmapCommands:
     def register(self, registry: Registry) -> None:
         """Name the handlers."""
         registry.command("block-dirty-bitmap-add")(self.add)
+        registry.command("block-dirty-bitmap-remove")(self.remove)
+        registry.command("block-dirty-bitmap-clear")(self.clear)
+        registry.command("block-dirty-bitmap-enable")(self.enable)
+        registry.command("block-dirty-bitmap-disable")(self.disable)
         registry.command("block-dirty-bitmap-merge")(self.merge)
-        for verb in ("remove", "clear", "enable", "disable"):
-            registry.command(f"block-dirty-bitmap-{verb}")(self._verb(getattr(self._actions, verb)))
         registry.command("x-debug-block-dirty-bitmap-sha256")(self.sha256)
         registry.command("x-nbdmirror-bitmap-extents")(self.extents)
         registry.command("x-nbdmirror-bitmap-map")(self.map)
 
-    def add(self, data: BitmapAdd, /) -> None:
-        """Create a bitmap."""
-        self._actions.add(data).commit()
+    # --- changing --------------------------------------------------------------------------------------------------
 
-    def merge(self, data: BitmapMerge, /) -> None:
-        """Merge bitmaps into one."""
-        self._actions.merge(data).commit()
+    async def add(self, data: BitmapAdd, /) -> None:
+        """Create a bitmap that records, unless it is to begin disabled."""
+        await self._do(AddAction("block-dirty-bitmap-add", data))
 
-    def _verb(self, act: Callable[[BitmapName], Done]) -> Callable[[BitmapName], None]:
-        """A command that is one action on one bitmap."""
+    async def remove(self, data: BitmapName, /) -> None:
+        """Forget a bitmap."""
+        await self._do(RemoveAction("block-dirty-bitmap-remove", data))
 
-        def handler(data: BitmapName, /) -> None:
-            act(data).commit()
+    async def clear(self, data: BitmapName, /) -> None:
+        """Unmark everything that is not being written just now."""
+        await self._do(ClearAction("block-dirty-bitmap-clear", data))
 
-        return handler
+    async def enable(self, data: BitmapName, /) -> None:
+        """Let writes mark it."""
+        await self._do(EnableAction("block-dirty-bitmap-enable", data))
+
+    async def disable(self, data: BitmapName, /) -> None:
+        """Let writes leave it alone."""
+        await self._do(DisableAction("block-dirty-bitmap-disable", data))
+
+    async def merge(self, data: BitmapMerge, /) -> None:
+        """Mark in one what is marked in others, which stay as they are."""
+        await self._do(MergeAction("block-dirty-bitmap-merge", data))
+
+    async def _do(self, action: Action) -> None:
+        async with self._actions.turn:
+            await self._actions.carry_out([action])
+
+    # --- looking ---------------------------------------------------------------------------------------------------
 
     def sha256(self, node: str, name: str) -> dict[str, str]:
         """A hash of the bits: equal bitmaps have equal ones, QEMU's included."""

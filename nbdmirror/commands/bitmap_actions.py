@@ -2,22 +2,24 @@
 
 Rules:
 1. An action checks everything first, in QEMU's order, then changes; one that raises has changed nothing.
-2. It takes effect at once, without waiting, so that no write comes between the actions of a transaction. What cannot be taken
-   back, forgetting a persistent bitmap, is left to `commit`.
-3. `undo` is called right after, without waiting, and in reverse order: it restores bits, flags and places exactly.
+2. Nothing waits but for the files of persistent bitmaps. Who cannot have writes in between has drained the disks; other
+   commands are kept out by `turn`. So an action on bitmaps in memory is one step of the loop.
+3. Undoing happens in reverse order and restores bits, flags and places exactly. What cannot be taken back, and what has to
+   last before the command is answered, is left to the commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Final, Literal, TypeAlias
 
-from nbdmirror.bitmap.dirty import DirtyBitmap
+from nbdmirror.bitmap.dirty import DirtyBitmap, check_granularity
 from nbdmirror.bitmap.named import NamedBitmap
-from nbdmirror.errors import StateError
-from nbdmirror.inventory import BitmapKeeper, Inventory
+from nbdmirror.errors import NbdMirrorError, StateError
+from nbdmirror.inventory import BitmapKeeper, Inventory, Node
 from nbdmirror.qmp.schema import Named, UInt32
 
 # QEMU's, for disks without clusters.
@@ -124,98 +126,133 @@ class MergeAction:
 Action: TypeAlias = AbortAction | AddAction | RemoveAction | ClearAction | EnableAction | DisableAction | MergeAction
 
 
-def _nothing() -> None:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
 class Done:
-    """An action that has taken effect."""
+    """An action that has taken effect, on `bitmap`."""
 
-    undo: Callable[[], None]
-    commit: Callable[[], None] = _nothing
+    def __init__(self, bitmap: NamedBitmap, undo: Callable[[], None]) -> None:
+        self._bitmap = bitmap
+        self._undo = undo
+
+    async def undo(self, keeper: BitmapKeeper) -> None:  # noqa: ARG002
+        """Take it back."""
+        self._undo()
+
+    async def commit(self, keeper: BitmapKeeper) -> None:
+        """Make it last; raises NbdMirrorError."""
+        await keeper.settle(self._bitmap)
+
+
+class Added(Done):
+    """A bitmap that was made."""
+
+    async def undo(self, keeper: BitmapKeeper) -> None:
+        """Take it back: out of the node and, if it is kept, out of the files."""
+        self._undo()
+        if self._bitmap.persistent:
+            await keeper.remove(self._bitmap)
+
+
+class Removed(Done):
+    """A bitmap that was removed, and is kept until the commit."""
+
+    async def commit(self, keeper: BitmapKeeper) -> None:
+        """Forget it; where that fails it is still there."""
+        if self._bitmap.persistent:
+            try:
+                await keeper.remove(self._bitmap)
+            except NbdMirrorError:
+                self._undo()
+                raise
 
 
 class BitmapActions:
     """The actions on the bitmaps of an inventory; `keeper` is where persistent ones live."""
 
     def __init__(self, inventory: Inventory, keeper: BitmapKeeper) -> None:
+        self.turn = asyncio.Lock()
         self._inventory = inventory
         self._keeper = keeper
 
-    def do(self, action: Action) -> Done:
-        """Carry an action out; raises StateError and NotFoundError."""
+    async def carry_out(self, actions: Iterable[Action]) -> None:
+        """All of the actions or none; `turn` is held. Raises the error of the first that fails.
+
+        Once all have been taken they stay, also where some of it could not be made to last: then that is raised.
+        """
+        done: list[Done] = []
+        try:
+            for action in actions:
+                done.append(await self._do(action))  # noqa: PERF401  those that were done are undone
+        except BaseException:
+            for step in reversed(done):
+                await step.undo(self._keeper)
+            raise
+        failed: NbdMirrorError | None = None
+        for step in done:
+            try:
+                await step.commit(self._keeper)
+            except NbdMirrorError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    async def _do(self, action: Action) -> Done:
         match action:
             case AbortAction():
                 raise StateError("Transaction aborted using Abort action")
             case AddAction(data=data):
-                return self.add(data)
+                return await self._add(data)
             case RemoveAction(data=data):
-                return self.remove(data)
+                return self._remove(data)
             case ClearAction(data=data):
-                return self.clear(data)
+                return self._clear(data)
             case EnableAction(data=data):
-                return self.enable(data)
+                return self._enable(data)
             case DisableAction(data=data):
-                return self.disable(data)
+                return self._disable(data)
             case MergeAction(data=data):
-                return self.merge(data)
+                return self._merge(data)
 
-    def add(self, data: BitmapAdd) -> Done:
-        """Create a bitmap that records, unless it is to begin disabled."""
+    async def _add(self, data: BitmapAdd) -> Done:
         node = self._inventory.node(data.node)
         if not data.name:
             raise StateError("Bitmap name cannot be empty")
-        bits = DirtyBitmap(node.device.size, data.granularity)
+        check_granularity(data.granularity)
         if data.persistent:
-            self._keeper.check(node)
-        node.bitmaps.check_free(data.name)
-        bitmap = NamedBitmap(data.name, bits, recording=not data.disabled, persistent=data.persistent)
-        if data.persistent:
-            self._keeper.keep(node, bitmap)
-        node.bitmaps.add(bitmap)
+            made = await self._keeper.create(node, data.name, data.granularity, recording=not data.disabled)
+        else:
+            node.bitmaps.check_free(data.name)
+            made = NamedBitmap(data.name, DirtyBitmap(node.device.size, data.granularity), recording=not data.disabled)
+            node.bitmaps.add(made)
+        return Added(made, lambda: _take_out(node, made))
 
-        def undo() -> None:
-            node.bitmaps.remove(bitmap)
-            if bitmap.persistent:
-                self._keeper.drop(node, bitmap)
-
-        return Done(undo)
-
-    def remove(self, data: BitmapName) -> Done:
-        """Take a bitmap away; it is forgotten for good at the commit."""
+    def _remove(self, data: BitmapName) -> Done:
         node, bitmap = self._inventory.bitmap(data.node, data.name)
         bitmap.check_removable()
         place = node.bitmaps.remove(bitmap)
-        commit = partial(self._keeper.drop, node, bitmap) if bitmap.persistent else _nothing
-        return Done(partial(node.bitmaps.put_back, bitmap, place), commit)
+        return Removed(bitmap, partial(node.bitmaps.put_back, bitmap, place))
 
-    def clear(self, data: BitmapName) -> Done:
-        """Unmark everything that is not being written just now."""
+    def _clear(self, data: BitmapName) -> Done:
         node, bitmap = self._inventory.bitmap(data.node, data.name)
         bitmap.check_modifiable()
         saved = bitmap.bits.snapshot()
         node.bitmaps.clear(bitmap)
-        return Done(partial(bitmap.bits.restore, saved))
+        return Done(bitmap, partial(bitmap.bits.restore, saved))
 
-    def enable(self, data: BitmapName) -> Done:
-        """Let writes mark it."""
+    def _enable(self, data: BitmapName) -> Done:
         node, bitmap = self._inventory.bitmap(data.node, data.name)
         bitmap.check_usable()
         was = bitmap.recording
         node.bitmaps.record(bitmap)
-        return Done(_nothing if was else partial(node.bitmaps.stop_recording, bitmap))
+        return Done(bitmap, _nothing if was else partial(node.bitmaps.stop_recording, bitmap))
 
-    def disable(self, data: BitmapName) -> Done:
-        """Let writes leave it alone."""
+    def _disable(self, data: BitmapName) -> Done:
         node, bitmap = self._inventory.bitmap(data.node, data.name)
         bitmap.check_usable()
         was = bitmap.recording
         node.bitmaps.stop_recording(bitmap)
-        return Done(partial(node.bitmaps.record, bitmap) if was else _nothing)
+        return Done(bitmap, partial(node.bitmaps.record, bitmap) if was else _nothing)
 
-    def merge(self, data: BitmapMerge) -> Done:
-        """Mark in the target what is marked in any of the sources, which stay as they are."""
+    def _merge(self, data: BitmapMerge) -> Done:
         _, target = self._inventory.bitmap(data.node, data.target)
         sources = []
         for name in data.sources():
@@ -229,4 +266,12 @@ class BitmapActions:
         saved = target.bits.snapshot()
         for source in sources:
             target.bits.merge(source.bits)
-        return Done(partial(target.bits.restore, saved))
+        return Done(target, partial(target.bits.restore, saved))
+
+
+def _nothing() -> None:
+    pass
+
+
+def _take_out(node: Node, bitmap: NamedBitmap) -> None:
+    node.bitmaps.remove(bitmap)

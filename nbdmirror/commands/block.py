@@ -1,7 +1,8 @@
 """Nodes: blockdev-add, blockdev-del, query-block, query-named-block-nodes.
 
-A node over another, driver raw, changes nothing of what is read and written: it is there because scripts have one. Who adds it
-over a named node gives up using that one by itself.
+`discard` and `detect-zeroes` take one value each, so that scripts may name it: what a client trims is always passed on, and
+what it writes is written. A node over another, driver raw, changes nothing of what is read and written: it is there because
+scripts have one. Who adds it over a named node gives up using that one by itself.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class FileOptions:
     filename: str
     node_name: str | None = None
     read_only: bool = False
+    discard: Literal["unmap"] = "unmap"
+    detect_zeroes: Literal["off"] = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class HostDeviceOptions:
     filename: str
     node_name: str | None = None
     read_only: bool = False
+    discard: Literal["unmap"] = "unmap"
+    detect_zeroes: Literal["off"] = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class NbdOptions:
     export: str = ""
     node_name: str | None = None
     read_only: bool = False
+    discard: Literal["unmap"] = "unmap"
+    detect_zeroes: Literal["off"] = "off"
     x_connections: Positive = DEFAULT_CONNECTIONS
 
 
@@ -86,6 +93,8 @@ class RawOptions:
     file: str | FileOptions | HostDeviceOptions | NbdOptions
     node_name: str | None = None
     read_only: bool = False
+    discard: Literal["unmap"] = "unmap"
+    detect_zeroes: Literal["off"] = "off"
 
 
 class BlockCommands:

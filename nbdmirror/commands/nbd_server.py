@@ -119,10 +119,10 @@ async def _address_of(addr: UnixListen | InetListen) -> str | tuple[str, int]:
     return str(found[0][4][0]), int(found[0][4][1])
 
 
-def _listen(address: str | tuple[str, int], tls: Tls, max_clients: int, handshake_seconds: int) -> NbdServer:
+def _listen(address: str | tuple[str, int], tls: Tls, max_clients: int, haggling: int) -> NbdServer:
     where = f" to {address}" if isinstance(address, str) else ""
     try:
-        return NbdServer(address, tls, max_clients=max_clients, handshake_seconds=handshake_seconds)
+        return NbdServer(address, tls, max_clients=max_clients, haggling=haggling)
     except UsageError as error:
         raise StateError(str(error)) from None
     except ListenError as error:

@@ -8,11 +8,12 @@ Rules (QMP reference, "transaction"):
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from nbdmirror.commands.bitmap_actions import AbortAction, Action, BitmapActions, Done, MergeAction
+from nbdmirror.commands.bitmap_actions import AbortAction, Action, BitmapActions, MergeAction
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import StateError
 from nbdmirror.inventory import Inventory
@@ -52,22 +53,17 @@ class TransactionCommands:
                 device = waiting.pop()
                 await stack.enter_async_context(device.drained())
                 drained.add(device)
-            self._carry_out(actions, grouped=grouped)
+            async with self._actions.turn:
+                await self._actions.carry_out(_ungrouped(actions) if grouped else actions)
 
-    def _carry_out(self, actions: list[Action], *, grouped: bool) -> None:
-        done: list[Done] = []
-        try:
-            for action in actions:
-                if grouped and not isinstance(action, AbortAction):
-                    what = f"Action '{action.type_}' does not support Transaction property completion-mode = grouped"
-                    raise StateError(what)
-                done.append(self._actions.do(action))
-        except BaseException:
-            for step in reversed(done):
-                step.undo()
-            raise
-        for step in done:
-            step.commit()
+
+def _ungrouped(actions: list[Action]) -> Iterator[Action]:
+    """The actions; raises StateError at the first that would have to run, and fail, together with others."""
+    for action in actions:
+        if not isinstance(action, AbortAction):
+            what = f"Action '{action.type_}' does not support Transaction property completion-mode = grouped"
+            raise StateError(what)
+        yield action
 
 
 def _nodes_of(actions: list[Action]) -> list[str]:

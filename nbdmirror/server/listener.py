@@ -38,7 +38,7 @@ _FAREWELL_SECONDS: Final = 0.25
 
 
 class Listener:
-    """One listening socket. `max_clients` and `handshake_seconds` 0 mean no limit; `farewell` is for clients, at the end."""
+    """One listening socket. `max_clients` and `haggling` 0 mean no limit; `farewell` is for clients, at the end."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Listener:
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
-        handshake_seconds: float = 0,
+        haggling: float = 0,
         farewell: float = _FAREWELL_SECONDS,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
@@ -54,7 +54,7 @@ class Listener:
         self._sock = sock
         self._exports = exports
         self._max_clients = max_clients
-        self._handshake_seconds = handshake_seconds
+        self._haggling = haggling
         self._farewell = farewell
         self._tls = tls
         self._access = access
@@ -69,11 +69,11 @@ class Listener:
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
-        handshake_seconds: float = 0,
+        haggling: float = 0,
         tls: Tls = NO_TLS,
     ) -> Listener:
         """Listen on a Unix socket."""
-        return cls(listen_unix(path), exports, max_clients=max_clients, handshake_seconds=handshake_seconds, tls=tls)
+        return cls(listen_unix(path), exports, max_clients=max_clients, haggling=haggling, tls=tls)
 
     @classmethod
     def tcp(
@@ -83,13 +83,13 @@ class Listener:
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
-        handshake_seconds: float = 0,
+        haggling: float = 0,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
     ) -> Listener:
         """Listen on TCP."""
         sock = listen_tcp(host, port)
-        return cls(sock, exports, max_clients=max_clients, handshake_seconds=handshake_seconds, tls=tls, access=access)
+        return cls(sock, exports, max_clients=max_clients, haggling=haggling, tls=tls, access=access)
 
     @property
     def address(self) -> tuple[str, int] | str:
@@ -120,15 +120,15 @@ class Listener:
             return _Refused()
         session = Session(self._exports, self._sessions.discard, self._tls, self._access)
         self._sessions.add(session)
-        if self._handshake_seconds:
+        if self._haggling:
             # By a weak reference: the timer outlives short visits, of which there may be many.
-            asyncio.get_running_loop().call_later(self._handshake_seconds, self._check_open, weakref.ref(session))
+            asyncio.get_running_loop().call_later(self._haggling, self._check_open, weakref.ref(session))
         return session
 
     def _check_open(self, reference: weakref.ref[Session]) -> None:
         session = reference()
         if session is not None:
-            session.drop_unless_open(self._handshake_seconds)
+            session.end_haggling(self._haggling)
 
     async def aclose(self) -> None:
         """Stop accepting, finish what was accepted, close."""

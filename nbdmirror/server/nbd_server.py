@@ -72,18 +72,14 @@ class BlockExport:
 class NbdServer:
     """A server and its exports by their NBD names. Raises ListenError and UsageError where it cannot listen."""
 
-    def __init__(self, address: str | tuple[str, int], tls: Tls, *, max_clients: int, handshake_seconds: float) -> None:
+    def __init__(self, address: str | tuple[str, int], tls: Tls, *, max_clients: int, haggling: float) -> None:
         self.exports: dict[str, Export] = {}
         # To the only client there can be, nothing need be said about several.
         self.multi_conn = max_clients != 1
         if isinstance(address, str):
-            self._listener = Listener.unix(
-                address, self.exports, max_clients=max_clients, handshake_seconds=handshake_seconds, tls=tls
-            )
+            self._listener = Listener.unix(address, self.exports, max_clients=max_clients, haggling=haggling, tls=tls)
         else:
-            self._listener = Listener.tcp(
-                *address, self.exports, max_clients=max_clients, handshake_seconds=handshake_seconds, tls=tls
-            )
+            self._listener = Listener.tcp(*address, self.exports, max_clients=max_clients, haggling=haggling, tls=tls)
 
     async def start(self) -> None:
         """Begin to accept."""

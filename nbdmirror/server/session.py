@@ -346,10 +346,10 @@ class Session(asyncio.BufferedProtocol):
         """Close as soon as nothing is in flight any more."""
         self._begin_close()
 
-    def drop_unless_open(self, seconds: float) -> None:
+    def end_haggling(self, seconds: float) -> None:
         """Hang up on a client that has had so long and has not opened an export."""
         if self._open is None and self._transport is not None:
-            _log.warning("%s: it opened no export within %g s; dropped", self._peer, seconds)
+            _log.warning("%s: opened no export within %.4g s; dropped", self._peer, seconds)
             self.abort()
 
     def _begin_close(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nbdmirror.bitmap.dirty import DirtyBitmap
+from nbdmirror.bitmap.named import NamedBitmap
 from nbdmirror.commands.bitmap import BitmapCommands, bitmap_infos
 from nbdmirror.commands.bitmap_actions import BitmapActions
 from nbdmirror.commands.transaction import TransactionCommands
@@ -11,33 +13,39 @@ from nbdmirror.errors import NbdMirrorError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.registry import Registry
-from tests.support.fakes import GatedDevice
-
-if TYPE_CHECKING:
-    from nbdmirror.bitmap.named import NamedBitmap
+from tests.support.fakes import GatedDevice, settled
 
 CHUNK = 65536
 SIZE = 64 * CHUNK
 
 
 class Shelf:
-    """A BitmapKeeper that keeps names."""
+    """A BitmapKeeper that keeps names. It takes its time over everything, and fails at what `broken` names."""
 
     def __init__(self) -> None:
-        self.kept: list[tuple[str, str]] = []
-        self.full = False
+        self.kept: list[str] = []
+        self.settled: list[str] = []
+        self.broken = ""
 
-    def check(self, node: Node) -> None:
-        if node.name == "elsewhere":
-            raise StateError("not here")
+    async def create(self, node: Node, name: str, granularity: int, *, recording: bool) -> NamedBitmap:
+        await self._work("create")
+        bitmap = NamedBitmap(name, DirtyBitmap(node.device.size, granularity), recording=recording, persistent=True)
+        node.bitmaps.add(bitmap)
+        self.kept.append(name)
+        return bitmap
 
-    def keep(self, node: Node, bitmap: NamedBitmap) -> None:
-        if self.full:
-            raise StateError("the shelf is full")
-        self.kept.append((node.name, bitmap.name))
+    async def remove(self, bitmap: NamedBitmap) -> None:
+        await self._work("remove")
+        self.kept.remove(bitmap.name)
 
-    def drop(self, node: Node, bitmap: NamedBitmap) -> None:
-        self.kept.remove((node.name, bitmap.name))
+    async def settle(self, bitmap: NamedBitmap) -> None:
+        await self._work("settle")
+        self.settled.append(bitmap.name)
+
+    async def _work(self, what: str) -> None:
+        await settled()
+        if what == self.broken:
+            raise StateError("the shelf is broken")
 
 
 class BitmapRig:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nbdmirror.commands.bitmap_actions import BitmapActions, BitmapAdd
+from nbdmirror.commands.bitmap_actions import AddAction, BitmapActions, BitmapAdd
 from nbdmirror.errors import StateError
 from nbdmirror.inventory import Inventory, Node, NoKeeper
 from tests.support.fakes import GatedDevice
@@ -34,7 +34,11 @@ async def test_new_bitmap_records_and_is_told_of_newest_first() -> None:
         ({"node": "a", "name": "x" * 1024, "granularity": 256}, "Granularity must be power of 2 and at least 512"),
         ({"node": "a", "name": "x" * 1024}, "Bitmap name too long: " + "x" * 1024),
         ({"node": "a", "name": "there"}, "Bitmap already exists: there"),
-        ({"node": "elsewhere", "name": "x", "persistent": True}, "not here"),
+        ({"node": "a", "name": "there", "persistent": True}, "Bitmap already exists: there"),
+        (
+            {"node": "a", "name": "there", "persistent": True, "granularity": 3},
+            "Granularity must be power of 2 and at least 512",
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -46,13 +50,13 @@ async def test_add_refuses(arguments: dict[str, object], desc: str) -> None:
     assert rig.state() == before
 
 
-def test_persistent_needs_a_state_directory() -> None:
+async def test_persistent_needs_a_state_directory() -> None:
     inventory = Inventory()
     inventory.add_node(Node("a", "file", GatedDevice(SIZE)))
     actions = BitmapActions(inventory, NoKeeper())
     remedy = "the daemon has no state directory; start it with --state-dir"
     with pytest.raises(StateError, match=f"^Can't store persistent bitmaps to a: {remedy}$"):
-        actions.add(BitmapAdd("a", "b", persistent=True))
+        await actions.carry_out([AddAction("block-dirty-bitmap-add", BitmapAdd("a", "b", persistent=True))])
     assert list(inventory.nodes["a"].bitmaps) == []
 
 
@@ -60,13 +64,49 @@ async def test_persistent_bitmap_is_kept_until_removed() -> None:
     rig = BitmapRig()
     await rig.bitmap("add", "p", persistent=True)
     await rig.bitmap("add", "q")
-    assert rig.shelf.kept == [("a", "p")]
-    rig.shelf.full = True
-    assert await rig.refused("block-dirty-bitmap-add", node="a", name="r", persistent=True) == "the shelf is full"
-    assert [info["name"] for info, _ in rig.state()["a"]] == ["q", "p"]
+    assert rig.shelf.kept == ["p"]
+    for verb in ("clear", "disable", "enable"):
+        rig.shelf.settled.clear()
+        await rig.bitmap(verb, "p")
+        assert rig.shelf.settled == ["p"]
     await rig.bitmap("remove", "p")
     await rig.bitmap("remove", "q")
     assert rig.shelf.kept == []
+
+
+async def test_keeper_that_fails_is_the_answer() -> None:
+    rig = BitmapRig()
+    await rig.bitmap("add", "p", persistent=True)
+    await rig.bitmap("add", "q")
+    before = rig.state()
+    rig.shelf.broken = "create"
+    assert await rig.refused("block-dirty-bitmap-add", node="a", name="r", persistent=True) == "the shelf is broken"
+    rig.shelf.broken = "remove"
+    assert await rig.refused("block-dirty-bitmap-remove", node="a", name="p") == "the shelf is broken"
+    assert (rig.state(), rig.shelf.kept) == (before, ["p"])
+
+
+async def test_commands_do_not_come_between_each_other() -> None:
+    """While the file of one bitmap is being made, nobody else changes any."""
+    rig = BitmapRig()
+    first = asyncio.create_task(rig.bitmap("add", "same", persistent=True))
+    second = asyncio.create_task(rig.refused("block-dirty-bitmap-add", node="a", name="same"))
+    await first
+    assert await second == "Bitmap already exists: same"
+    assert rig.shelf.kept == ["same"]
+
+
+async def test_all_of_a_transaction_is_committed_even_if_some_of_it_does_not_last() -> None:
+    rig = BitmapRig()
+    for name in ("p", "q"):
+        await rig.bitmap("add", name, persistent=True)
+    rig.shelf.broken = "settle"
+    actions = [
+        {"type": f"block-dirty-bitmap-{verb}", "data": {"node": "a", "name": name}}
+        for verb, name in (("clear", "p"), ("remove", "q"))
+    ]
+    assert await rig.refused("transaction", actions=actions) == "the shelf is broken"
+    assert rig.shelf.kept == ["p"]
 
 
 @pytest.mark.parametrize("granularity", [512, 65536, 2**31])
