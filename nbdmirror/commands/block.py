@@ -11,7 +11,7 @@ import errno
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from nbdmirror.commands.bitmap import bitmap_infos
 from nbdmirror.devices.base import BlockDevice
@@ -21,7 +21,7 @@ from nbdmirror.devices.uri import NbdEndpoint
 from nbdmirror.errors import DeviceError, StateError, UsageError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.qmp.registry import Registry
-from nbdmirror.qmp.schema import Positive
+from nbdmirror.qmp.schema import Named, Positive
 
 DEFAULT_CONNECTIONS: Final = 4
 # Nobody there to talk to, as QEMU says it; what goes wrong after that has words of its own.
@@ -90,7 +90,7 @@ class RawOptions:
     """blockdev-add of a node over another, which is named, or made here and belongs to it."""
 
     driver: Literal["raw"]
-    file: str | FileOptions | HostDeviceOptions | NbdOptions
+    file: Annotated[str | FileOptions | HostDeviceOptions | NbdOptions, Named("BlockdevRef")]
     node_name: str | None = None
     read_only: bool = False
     discard: Literal["unmap"] = "unmap"

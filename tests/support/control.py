@@ -50,8 +50,15 @@ class Control:
         self._lines.close()
         self._sock.close()
 
+    def say(self, text: str) -> tuple[str, str] | None:
+        """The error, if it is one, that answers a text that need not be well formed."""
+        return self._answer(text).error
+
     def _tell(self, command: str, arguments: Any) -> Answer:
-        self._sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+        return self._answer(json.dumps({"execute": command, "arguments": arguments}))
+
+    def _answer(self, text: str) -> Answer:
+        self._sock.sendall(text.encode())
         answer = Answer()
         while "event" in (message := self._read()):
             answer.events.append((message["event"], message.get("data")))
