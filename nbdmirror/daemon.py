@@ -124,6 +124,7 @@ class Daemon:
         stack.push_async_callback(listener.aclose)
         stack.push_async_callback(exports.aclose)
         self._uri = listener.uri(options.export_name)
+        inventory.own_uris.add(self._uri)
         inventory.exports[SERVED_EXPORT] = BlockExport(SERVED_EXPORT, export, self._uri)
         for path in options.qmp_paths:
             await self._monitor.listen(path)

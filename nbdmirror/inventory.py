@@ -119,7 +119,7 @@ class LiveBitmaps(Mapping[str, "DirtyBitmap"]):
 
 
 class Inventory:
-    """What there is. `exports` are all exports by their ids, oldest first, `nbd_server` is what nbd-server-start started."""
+    """What there is. `exports` are by id, oldest first, `own_uris` is where they are; `nbd_server` is nbd-server-start's."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -128,6 +128,7 @@ class Inventory:
         self.objects: dict[str, TlsCredentials] = {}
         self.jobs: dict[str, Job] = {}
         self.history: deque[Job] = deque(maxlen=_HISTORY)
+        self.own_uris: set[str] = set()
         self._implicit_names = 0
 
     # --- nodes -----------------------------------------------------------------------------------------------------
@@ -184,11 +185,6 @@ class Inventory:
     def is_exported(self, node: Node) -> bool:
         """Whether an export is made from the node."""
         return bool(self.exports_of(node))
-
-    @property
-    def own_uris(self) -> set[str]:
-        """Where the exports can be reached."""
-        return {each.uri for each in self.exports.values()}
 
     def check_unused(self, node: Node) -> None:
         """Raises StateError where a job, an export or another node uses it, or a request that was left behind."""

@@ -221,7 +221,7 @@ class BitmapActions:
             made = await self._keeper.create(node, data.name, data.granularity, recording=not data.disabled)
         else:
             node.bitmaps.check_free(data.name)
-            made = NamedBitmap(data.name, DirtyBitmap(node.device.size, data.granularity), recording=not data.disabled)
+            made = NamedBitmap(data.name, _bits(node, data.granularity), recording=not data.disabled)
             node.bitmaps.add(made)
         return Added(made, lambda: _take_out(node, made))
 
@@ -267,6 +267,14 @@ class BitmapActions:
         for source in sources:
             target.bits.merge(source.bits)
         return Done(target, partial(target.bits.restore, saved))
+
+
+def _bits(node: Node, granularity: int) -> DirtyBitmap:
+    try:
+        return DirtyBitmap(node.device.size, granularity)
+    except (MemoryError, OverflowError):
+        chunks = node.device.size // granularity
+        raise StateError(f"There is not enough memory for {chunks} chunks of {granularity} bytes; choose larger ones") from None
 
 
 def _nothing() -> None:

@@ -94,7 +94,9 @@ class ExportCommands:
             writethrough=options.writethrough,
         )
         server.exports[name] = export
-        added = self._inventory.exports[options.id_] = BlockExport(options.id_, export, server.uri(name), server)
+        uri = server.uri(name)
+        self._inventory.own_uris.add(uri)
+        added = self._inventory.exports[options.id_] = BlockExport(options.id_, export, uri, server)
         return added
 
     def _bitmaps(self, node: Node, options: ExportOptions) -> list[NamedBitmap]:
@@ -168,6 +170,7 @@ class ExportCommands:
     def _forget(self, export: BlockExport) -> None:
         export.release_bitmaps()
         del self._inventory.exports[export.id]
+        self._inventory.own_uris.discard(export.uri)
         self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     async def close_server(self, server: NbdServer) -> None:

@@ -15,7 +15,7 @@ from nbdmirror.errors import InactiveError, NotFoundError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.server.export import Export
 from nbdmirror.server.nbd_server import BlockExport
-from tests.support.fakes import settled
+from tests.support.fakes import GatedDevice, settled
 from tests.support.rig import HeldDisk
 
 if TYPE_CHECKING:
@@ -110,6 +110,20 @@ async def test_node_in_use_is_not_removed() -> None:
     await rig.inventory.remove_node("other")
     assert cast("Closing", other.disk).closed
     assert "other" not in rig.inventory.nodes
+
+
+async def test_node_with_a_write_in_flight_is_not_removed() -> None:
+    """As a client leaves behind that was hung up on."""
+    rig = Rigged()
+    disk = GatedDevice(SIZE)
+    other = rig.add("other", disk)
+    writing = asyncio.create_task(other.device.pwrite(b"x", 0))
+    held = await disk.next()
+    with pytest.raises(StateError, match=r"^Node other is in use$"):
+        await rig.inventory.remove_node("other")
+    held.finish()
+    await writing
+    await rig.inventory.remove_node("other")
 
 
 async def test_pivot_exchanges_the_disks_under_the_filter() -> None:

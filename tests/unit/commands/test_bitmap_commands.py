@@ -109,6 +109,14 @@ async def test_all_of_a_transaction_is_committed_even_if_some_of_it_does_not_las
     assert rig.shelf.kept == ["p"]
 
 
+async def test_more_bits_than_there_is_memory() -> None:
+    rig = BitmapRig()
+    rig.inventory.nodes["a"].device.size = 2**63 - 1
+    desc = await rig.refused("block-dirty-bitmap-add", node="a", name="b", granularity=512)
+    assert desc == "There is not enough memory for 18014398509481983 chunks of 512 bytes; choose larger ones"
+    assert rig.state()["a"] == []
+
+
 @pytest.mark.parametrize("granularity", [512, 65536, 2**31])
 async def test_extremes_of_granularity(granularity: int) -> None:
     rig = BitmapRig()
