@@ -9,7 +9,9 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -25,6 +27,10 @@ from nbdmirror.server.session import Session
 
 Mode = Literal["safe", "hard"]
 
+_log: Final = logging.getLogger(__name__)
+
+# A little longer than a listener gives its clients' requests.
+_CLOSE_SECONDS: Final = 35.0
 # The id of the export that `serve` was started with.
 SERVED_EXPORT: Final = "default"
 _ID: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
@@ -154,9 +160,7 @@ class ExportCommands:
             raise StateError(f"Export '{id_}' is the one that the daemon was started with; it ends with the daemon")
         if mode == "safe" and export.export.sessions:
             raise StateError(f"export '{id_}' still in use")
-        task = asyncio.get_running_loop().create_task(self._finish(export, export.disconnect()))
-        self._deletions.add(task)
-        task.add_done_callback(self._deletions.discard)
+        self._begin(self._finish(export, export.disconnect()))
 
     def nbd_server_remove(self, name: str, mode: Mode = "safe") -> None:
         """The older form of block-export-del."""
@@ -173,21 +177,37 @@ class ExportCommands:
         self._inventory.own_uris.discard(export.uri)
         self._emit("BLOCK_EXPORT_DELETED", {"id": export.id})
 
+    def _begin(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """What has begun is finished, also where the client that asked for it has gone."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._deletions.add(task)
+        task.add_done_callback(self._deletions.discard)
+        return task
+
     async def close_server(self, server: NbdServer) -> None:
         """End the NBD server with all its exports, newest first."""
+        await asyncio.shield(self._begin(self._close_server(server)))
+
+    async def _close_server(self, server: NbdServer) -> None:
+        others = set(self._deletions) - {asyncio.current_task()}
         mine = [each for each in reversed(self._inventory.exports.values()) if each.server is server and not each.shutting_down]
         for export in mine:
             export.shutting_down = True
         await server.aclose()
-        await asyncio.gather(*self._deletions)
+        await asyncio.gather(*others)
         for export in mine:
             self._forget(export)
 
     async def aclose(self) -> None:
-        """The same at the daemon's end, if there is a server."""
+        """End the NBD server, if there is one, and wait for what is being deleted: the disks are closed next."""
         server, self._inventory.nbd_server = self._inventory.nbd_server, None
         if server is not None:
-            await self.close_server(server)
+            self._begin(self._close_server(server))
+        if self._deletions:
+            _, late = await asyncio.wait(self._deletions, timeout=_CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+                _log.error("requests of an export that was deleted did not finish within %.0f s", _CLOSE_SECONDS)
 
     # --- asking ----------------------------------------------------------------------------------------------------
 

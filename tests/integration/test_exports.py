@@ -319,3 +319,31 @@ def test_request_in_flight_holds_the_deletion_up(tmp_path: Path) -> None:
         disk.thaw()
         assert qmp.wait(DELETED) == {"id": "e0"}
         assert qmp.bitmaps()["b"]["busy"] is False
+
+
+def test_end_of_the_daemon_waits_for_a_deletion(tmp_path: Path) -> None:
+    """Also one that a client is waiting for that is cut off: the disk is closed after the last request."""
+    with (
+        nbdkit("memory", str(SIZE)) as disk,
+        serving(disk.endpoint.uri, qmp=True) as daemon,
+        Control(daemon.control) as qmp,
+        Control(daemon.control) as other,
+    ):
+        qmp.ask("nbd-server-start", addr=unix(socket_of(daemon)))
+        qmp.bitmap("add", "b")
+        add(qmp, "e0", writable=True)
+        handle = nbd.NBD()
+        handle.connect_uri(uri(daemon, "e0"))
+        disk.freeze()
+        handle.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(b"x" * 512)), 0)
+        until(lambda: qmp.chunks("b") == 1, "the write has begun")
+        qmp.send("nbd-server-stop")
+        until(lambda: not other.ask("x-nbdmirror-query-nbd-server")["running"], "the server is being stopped")
+        other.ask("quit")
+        disk.thaw()
+        assert qmp.wait(DELETED) == {"id": "e0"}
+        assert daemon.wait() == 0
+        reader = nbd.NBD()
+        reader.connect_uri(disk.endpoint.uri)
+        assert reader.pread(512, 0) == b"x" * 512
+        reader.shutdown()

@@ -74,6 +74,10 @@ class Control:
             raise EOFError("the server has hung up")
         return json.loads(line)
 
+    def send(self, command: str) -> None:
+        """A command whose answer is not waited for: the last one of a connection, but for `wait`."""
+        self._sock.sendall(json.dumps({"execute": command}).encode())
+
     def tell(self, command: str, arguments: Any) -> Answer:
         """The answer to a command, and the events that came with it."""
         answer = self._tell(command, arguments)
@@ -99,7 +103,7 @@ class Control:
                 name, data = self._unseen.popleft()
             else:
                 message = self._read()
-                name, data = message["event"], message.get("data")
+                name, data = message.get("event"), message.get("data")
             if name == event:
                 return data
 
