@@ -347,3 +347,14 @@ def test_end_of_the_daemon_waits_for_a_deletion(tmp_path: Path) -> None:
         reader.connect_uri(disk.endpoint.uri)
         assert reader.pread(512, 0) == b"x" * 512
         reader.shutdown()
+
+
+def test_export_of_ours_is_no_target_of_a_mirror(server: tuple[Daemon, Control]) -> None:
+    """Every copied chunk would be a write of a guest, and dirty again."""
+    daemon, qmp = server
+    add(qmp, "e0", writable=True)
+    where = {"type": "unix", "path": str(socket_of(daemon))}
+    qmp.ask("blockdev-add", driver="nbd", node_name="loop", server=where, export="e0")
+    desc = qmp.refused("blockdev-mirror", job_id="j", device="source", target="loop", sync="none")
+    assert desc == "Can't mirror node into itself"
+    qmp.ask("blockdev-del", node_name="loop")
