@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
@@ -28,14 +29,19 @@ _BLOCK_SHIFT: Final = 15
 DIRTY: Final = 1
 
 
+def check_granularity(granularity: int) -> None:
+    """Raises StateError for what no chunk can have."""
+    if granularity < 512 or granularity & (granularity - 1):
+        raise StateError("Granularity must be power of 2 and at least 512")
+
+
 class DirtyBitmap:
     """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`."""
 
     __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "size")
 
     def __init__(self, size: int, granularity: int) -> None:
-        if granularity < 512 or granularity & (granularity - 1):
-            raise StateError("Granularity must be power of 2 and at least 512")
+        check_granularity(granularity)
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
@@ -168,5 +174,53 @@ class DirtyBitmap:
         """Mark everything."""
         self.add_chunks(0, self.chunks)
 
+    # --- as a whole ------------------------------------------------------------------------------------------------
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Mark what is marked in `other`, a bitmap of a disk of the same size."""
+        assert other.size == self.size, "bitmaps of disks of different sizes can't be merged"
+        if other._shift > self._shift:
+            for first, end in other.runs():
+                self.add(*other.range_of(first, end))
+            return
+        self._bits[: self.chunks] |= _coarsened(other._bits[: other.chunks], self._shift - other._shift)
+        self.count = self._bits.count()
+        self._summary.setall(1)  # a search finds out where that is too much (rule 3)
+
+    def snapshot(self) -> bitarray:
+        """A copy of the bits, for `restore`."""
+        return self._bits.copy()
+
+    def restore(self, bits: bitarray) -> None:
+        """Put a snapshot of this bitmap back."""
+        self._bits[:] = bits
+        self.count = bits.count()
+        self._summary.setall(1)
+
+    def counts(self, parts: int) -> list[int]:
+        """How many chunks are dirty in each of so many parts of the disk, as equal as chunks allow; fewer parts than chunks."""
+        parts = min(parts, self.chunks)
+        edges = [self.chunks * part // parts for part in range(parts + 1)] if parts else []
+        return [self._bits.count(1, first, end) for first, end in pairwise(edges)]
+
+    def serialised(self) -> bytes:
+        """The bits as QEMU has them in memory: 64-bit words, little-endian, at least one."""
+        words = max(1, (self.chunks + 63) // 64)
+        return self._bits.tobytes().ljust(words * 8, b"\0")
+
     def __repr__(self) -> str:
         return f"<DirtyBitmap {self.count}/{self.chunks} chunks of {self.granularity} bytes dirty>"
+
+
+def _coarsened(bits: bitarray, doublings: int) -> bitarray:
+    """One bit per 2**doublings bits, set where any of them is. Whole passes in C: runs may be many millions."""
+    while doublings >= 3:
+        packed = bitarray(endian="little")
+        packed.pack(bits.tobytes())
+        bits, doublings = packed, doublings - 3
+    for _ in range(doublings):
+        odd = bits[1::2]
+        bits = bits[::2]
+        odd.extend([0] * (len(bits) - len(odd)))
+        bits |= odd
+    return bits

@@ -6,6 +6,7 @@ Rules (QEMU's, bitmaps of the block layer):
 3. What is busy is changed and removed by nobody but its users; what is read-only or inconsistent is not changed. Reads and
    exports of what is inconsistent are refused, too; it can only be removed, or be taken as all dirty.
 4. Checked is in the order busy, read-only, inconsistent.
+5. The bits of a bitmap are one object for its whole life: who was given them (an export, a job) sees every change.
 """
 
 from __future__ import annotations
@@ -106,16 +107,29 @@ class BitmapSet:
         """The bitmap of that name, if there is one."""
         return self._bitmaps.get(name)
 
+    def check_free(self, name: str) -> None:
+        """Raises StateError where the name is taken."""
+        if name in self._bitmaps:
+            raise StateError(f"Bitmap already exists: {name}")
+
     def add(self, bitmap: NamedBitmap) -> None:
         """Enter a bitmap; raises StateError where the name is taken."""
-        if bitmap.name in self._bitmaps:
-            raise StateError(f"Bitmap already exists: {bitmap.name}")
+        self.check_free(bitmap.name)
         self._bitmaps[bitmap.name] = bitmap
         self._changed(bitmap)
 
-    def remove(self, bitmap: NamedBitmap) -> None:
-        """Take a bitmap out, whatever its state."""
+    def remove(self, bitmap: NamedBitmap) -> int:
+        """Take a bitmap out, whatever its state; returns the place that it had, for `put_back`."""
+        place = list(self._bitmaps).index(bitmap.name)
         del self._bitmaps[bitmap.name]
+        self._note_recording()
+        return place
+
+    def put_back(self, bitmap: NamedBitmap, place: int) -> None:
+        """Undo a removal."""
+        names = list(self._bitmaps.items())
+        names.insert(place, (bitmap.name, bitmap))
+        self._bitmaps = dict(names)
         self._changed(bitmap)
 
     def record(self, bitmap: NamedBitmap) -> None:
@@ -134,8 +148,11 @@ class BitmapSet:
         self._mark_in_flight(bitmap)
 
     def _changed(self, bitmap: NamedBitmap) -> None:
-        self._recording = tuple(each.bits for each in self._bitmaps.values() if each.recording)
+        self._note_recording()
         self._mark_in_flight(bitmap)
+
+    def _note_recording(self) -> None:
+        self._recording = tuple(each.bits for each in self._bitmaps.values() if each.recording)
 
     def _mark_in_flight(self, bitmap: NamedBitmap) -> None:
         if bitmap.recording:

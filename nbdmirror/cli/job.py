@@ -1,4 +1,4 @@
-"""The verbs of jobs: wait, pause, resume, complete, cancel, dismiss, set-speed.
+"""The verbs of jobs: wait, pause, resume, complete, cancel, dismiss, set-speed, set-copy-mode.
 
 `complete` and `cancel` return when the job has ended, so that a script's next line finds the disks as it asked for them.
 """
@@ -67,6 +67,16 @@ def set_speed(*, job: str, rate: int, qmp: str) -> None:
     run_client(qmp, lambda client: client.execute("block-job-set-speed", {"device": job, "speed": rate}))
 
 
+@click.command("set-copy-mode", short_help="Change when a job copies what is written.")
+@click.argument("job")
+@click.argument("mode", type=click.Choice(["background", "write-blocking"]))
+@qmp_option
+def set_copy_mode(*, job: str, mode: str, qmp: str) -> None:
+    """Let JOB copy writes in the background, or before they are answered."""
+    arguments = {"id": job, "type": "mirror", "copy-mode": mode}
+    run_client(qmp, lambda client: client.execute("block-job-change", arguments))
+
+
 @click.command("complete", short_help="Let a ready job hand over to its target.")
 @click.argument("job")
 @click.option("--background", is_flag=True, help="Do not wait for the job's end.")
@@ -105,4 +115,5 @@ COMMANDS: Final = (
     cancel,
     _verb("job-dismiss", "id", "Forget a job that has concluded."),
     set_speed,
+    set_copy_mode,
 )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nbdmirror.bitmap.dirty import DirtyBitmap
     from nbdmirror.devices.base import BlockDevice, Capabilities
     from nbdmirror.server.buffers import BufferPool
+    from nbdmirror.server.session import Session
 
 _log: Final = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Export:
     """A disk offered under a name.
 
     `bitmaps` are the dirty bitmaps of the same disk that clients may look at, by name. It is looked at whenever a client
-    asks: what the owner puts in or takes out later counts, too.
+    asks: what the owner puts in or takes out later counts, too. `sessions` are the clients that have opened it.
     """
 
     def __init__(
@@ -73,13 +74,19 @@ class Export:
         description: str = "",
         read_only: bool = False,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
+        multi_conn: bool = True,
+        allocation_depth: bool = True,
+        writethrough: bool = False,
     ) -> None:
         self.name = name
         self.bitmaps = {} if bitmaps is None else bitmaps
         self.device = device
         self.description = description
         self.read_only = read_only or device.capabilities.read_only
-        self.clients = 0
+        self.multi_conn = multi_conn
+        self.allocation_depth = allocation_depth
+        self.writethrough = writethrough
+        self.sessions: set[Session] = set()
 
     def info(self) -> ExportInfo:
         """What a client is told when it opens the export."""
@@ -87,22 +94,23 @@ class Export:
         return ExportInfo(
             name=self.name,
             size=self.device.size,
-            flags=_transmission_flags(self.device.capabilities, read_only=self.read_only),
+            flags=_transmission_flags(self.device.capabilities, read_only=self.read_only, multi_conn=self.multi_conn),
             description=self.description,
             minimum_block=limits.minimum,
             preferred_block=max(limits.preferred, limits.minimum, 512),
             maximum_payload=c.MAX_PAYLOAD,
-            contexts=context_names(self.bitmaps),
+            contexts=context_names(self.bitmaps, allocation_depth=self.allocation_depth),
         )
 
     def __repr__(self) -> str:
         return f"<Export {self.name!r} {self.device!r}{' read-only' if self.read_only else ''}>"
 
 
-def _transmission_flags(capabilities: Capabilities, *, read_only: bool) -> int:
+def _transmission_flags(capabilities: Capabilities, *, read_only: bool, multi_conn: bool) -> int:
     """Section "Transmission flags"."""
-    flags = c.TFLAG_HAS_FLAGS | c.TFLAG_SEND_FLUSH | c.TFLAG_SEND_FUA | c.TFLAG_SEND_DF
-    flags |= c.TFLAG_CAN_MULTI_CONN | c.TFLAG_SEND_CACHE
+    flags = c.TFLAG_HAS_FLAGS | c.TFLAG_SEND_FLUSH | c.TFLAG_SEND_FUA | c.TFLAG_SEND_DF | c.TFLAG_SEND_CACHE
+    if multi_conn:
+        flags |= c.TFLAG_CAN_MULTI_CONN
     if capabilities.rotational:
         flags |= c.TFLAG_ROTATIONAL
     if read_only:
@@ -122,10 +130,12 @@ class OpenExport:
         self._contexts = opened.contexts
         self.buffers = ReadBuffers(pool)
         # What `serve_now` takes for sound without asking `refusal_of`, as numbers.
-        self._last_plain = c.CMD_READ if info.is_read_only else c.CMD_WRITE
+        self._last_plain = c.CMD_READ if info.is_read_only or export.writethrough else c.CMD_WRITE
         self._size = info.size
         self._most = min(info.maximum_payload, LARGE)
         self._unaligned = info.minimum_block - 1
+        # What every write has besides what the client asked for; one with a flag is never answered at once.
+        self._write_flags = c.FUA if export.writethrough else 0
 
     def serve_now(self, request: Request) -> Answer | None:
         """The answer, if it can be given without blocking.
@@ -196,16 +206,17 @@ class OpenExport:
 
     async def _change(self, request: Request) -> None:
         device, offset, length = self._device, request.offset, request.length
+        flags = request.flags | self._write_flags
         match request.command:
             case c.CMD_WRITE:
                 assert request.payload is not None, "a write without payload is refused"
-                await device.pwrite(request.payload, offset, request.flags)
+                await device.pwrite(request.payload, offset, flags)
             case c.CMD_FLUSH:
                 await device.flush()
             case c.CMD_TRIM:
-                await device.trim(offset, length, request.flags)
+                await device.trim(offset, length, flags)
             case c.CMD_WRITE_ZEROES:
-                await device.zero(offset, length, request.flags)
+                await device.zero(offset, length, flags)
             case c.CMD_CACHE:
                 await device.cache(offset, length)
             case _:

@@ -119,7 +119,7 @@ class Session(asyncio.BufferedProtocol):
         self._fd = -1
         self.write_paused = False
         if self._service is not None:
-            self._service.opened.export.clients -= 1
+            self._service.opened.export.sessions.discard(self)
             self._service.connection_lost()
         self._closed.set()
         self._on_closed(self)
@@ -165,24 +165,18 @@ class Session(asyncio.BufferedProtocol):
                 self._read_on()
                 return
             match event:
+                case ExportQuery(name=name) | MetaContextQuery(export=name) if name not in self._exports:
+                    connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
                 case ExportQuery(name=name):
-                    export = self._exports.get(name)
-                    if export is None:
-                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
-                    else:
-                        connection.accept(export.info())
+                    connection.accept(self._exports[name].info())
                 case ListQuery():
                     connection.list_exports([(export.name, export.description) for export in self._exports.values()])
                     self.send()  # it may be long: it counts as unsent before another is made
                 case MetaContextQuery(export=name):
-                    export = self._exports.get(name)
-                    if export is None:
-                        connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
-                    else:
-                        connection.offer_contexts(export.info().contexts)
+                    connection.offer_contexts(self._exports[name].info().contexts)
                 case Opened(info=info):
                     export = self._exports[info.name]
-                    export.clients += 1
+                    export.sessions.add(self)
                     opened = OpenExport(export, event, self._shared.buffers)
                     self._service = Service(self._connection, opened, self._shared, self)
                     if self._shutting_down:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from bitarray import bitarray
 
@@ -269,3 +271,13 @@ def test_recorder_turns_bytes_into_chunks_and_wakes() -> None:
     assert woken == []
     recorder.write_ends(GRAIN - 1, 2)
     assert woken == [(0, 2)]
+
+
+def test_memory_is_a_bit_per_chunk_and_hardly_more() -> None:
+    tracemalloc.start()
+    try:
+        made = DirtyBitmap(16 << 40, 65536)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert made.chunks / 8 <= used <= made.chunks / 8 * 1.01

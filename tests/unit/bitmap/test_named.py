@@ -83,3 +83,16 @@ def test_write_in_flight_counts_after_a_clear_and_for_who_starts_to_record() -> 
     assert [list(bitmap.bits.runs()) for bitmap in (early, late)] == [[(1, 3)], []]
     bitmaps.record(late)
     assert list(late.bits.runs()) == [(1, 3)]
+
+
+def test_removal_taken_back_leaves_all_as_it_was() -> None:
+    bitmaps = BitmapSet(lambda: ())
+    for name in "abc":
+        bitmaps.add(made(name))
+    middle = bitmaps.get("b")
+    assert middle is not None
+    place = bitmaps.remove(middle)
+    bitmaps.write_begins(0, 1)
+    bitmaps.put_back(middle, place)
+    bitmaps.write_begins(GRAIN, 1)
+    assert [(each.name, list(each.bits.runs())) for each in bitmaps] == [("a", [(0, 2)]), ("b", [(1, 2)]), ("c", [(0, 2)])]
