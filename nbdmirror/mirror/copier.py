@@ -69,20 +69,20 @@ class Copier:
         self.source = source
         self.target = target
         self._zero_map = zero_map
-        self._progress = progress
-        self._options = options
+        self.progress = progress
+        self.options = options
         self._zero_flags = 0 if options.unmap else NO_HOLE
         self._buffers: list[bytearray] = []
 
     def geometry(self, granularity: int) -> Geometry:
         """The bounds of a plan for these two disks."""
-        unit = max(round_down(self._options.request_size, granularity), granularity)
+        unit = max(round_down(self.options.request_size, granularity), granularity)
         alignment = max(self.target.limits.minimum, self.source.limits.minimum)
         return Geometry(granularity, unit, max(round_down(MOST_ZERO, granularity), granularity), alignment, self.source.size)
 
     async def status(self, offset: int, length: int, at_least: int) -> ExtentList:
         """The source's extents from `offset` on: at least `at_least` bytes of them, at most `length`."""
-        if not self._options.use_extents:
+        if not self.options.use_extents:
             return ExtentList.all_data(offset, length)
         extents = ExtentList(offset, length)
         for _ in range(_STATUS_QUERIES):
@@ -129,7 +129,7 @@ class Copier:
                 await self.source.pread(view, offset)
         except DeviceError as error:
             raise CopyFailed("read", error) from error
-        self._progress.read += len(view)
+        self.progress.read += len(view)
 
     def _refined(self, unit: Unit, buffer: bytearray, start: int) -> list[Step]:
         """The steps with the zeroes that were found in the data, neighbours of a kind joined."""
@@ -145,19 +145,19 @@ class Copier:
 
     async def _write(self, data: memoryview, offset: int) -> None:
         await self.target.pwrite(data, offset)
-        self._progress.sent += len(data)
+        self.progress.sent += len(data)
 
     async def _zero(self, offset: int, length: int, *, known_zero: bool) -> None:
         if known_zero:
-            self._progress.skipped += length
+            self.progress.skipped += length
             return
         await self.target.zero(offset, length, self._zero_flags)
         self._zero_map.set_zero(offset, length)
-        self._progress.zeroed += length
+        self.progress.zeroed += length
 
     def _take_buffer(self, length: int) -> bytearray:
         """A buffer of at least `length` bytes; there are as many as units in flight."""
-        buffer = self._buffers.pop() if self._buffers else bytearray(self._options.request_size)
+        buffer = self._buffers.pop() if self._buffers else bytearray(self.options.request_size)
         return buffer if len(buffer) >= length else bytearray(length)
 
     async def learn_zeroes(self) -> None:

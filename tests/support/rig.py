@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror import job as job_module
-from nbdmirror.mirror import pace
+from nbdmirror.mirror import pace, transfer
 from nbdmirror.mirror.copier import CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
@@ -115,8 +114,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the job leaves to time passes at once; it asks for block status however short a run is, and holds no guest back."""
     for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
         monkeypatch.setattr(pace, name, value)
-    monkeypatch.setattr(job_module, "_WORTH_ASKING", 0)
-    monkeypatch.setattr(job_module, "_ABANDON_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "_WORTH_ASKING", 0)
+    monkeypatch.setattr(transfer, "_ABANDON_SECONDS", 0.01)
 
 
 def eio(context: str = "held") -> DeviceError:

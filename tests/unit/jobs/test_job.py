@@ -48,7 +48,7 @@ class TinyJob(Job):
         self.succeed()
 
     async def _step(self) -> None:
-        await self._woken()
+        await self.woken()
         if self.failure is not None:
             raise self.failure
         await self.pause_point()

@@ -342,7 +342,7 @@ async def test_rate_limit_does_not_lengthen_a_hold(monkeypatch: pytest.MonkeyPat
     rig.job.set_speed(1)
     monkeypatch.setattr(rig.job, "_pause_wanted", False)
     async with asyncio.timeout(BOUND):
-        await rig.job._sweep(deadline=1e18)
+        await rig.job._transfer.sweep_held(1e18, 0)
     assert rig.target.data == rig.source.data
     monkeypatch.undo()
     rig.job.cancel()

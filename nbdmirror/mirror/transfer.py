@@ -1,0 +1,207 @@
+"""Transfer: takes what is dirty, plans it and keeps as many copies in flight as the options allow.
+
+Rules:
+1. Chunks are taken, then the source is asked for their block status, then they are read (SyncState's rule 2); units that were
+   planned are given back when the guest has written to them since, so a stale status is never acted on.
+2. Whatever was taken is settled: when its copy has landed, or given back. A unit that failed is dirty again before anybody
+   hears of it.
+3. What is not begun does not wait with its chunks taken: not for the rate limit, not for memory, not for the end of a pause.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Final
+
+from nbdmirror.errors import DeviceError
+from nbdmirror.extents import ExtentList
+from nbdmirror.mirror.copier import CopyFailed
+from nbdmirror.mirror.plan import Unit, plan
+from nbdmirror.mirror.throttle import Throttle
+from nbdmirror.units import GiB, KiB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nbdmirror.bitmap.sync_state import SyncState
+    from nbdmirror.jobs.job import Job
+    from nbdmirror.mirror.copier import Copier
+
+_log: Final = logging.getLogger(__name__)
+
+# What one question for block status covers: long holes are one answer, and what is planned is still fresh when begun.
+_RUN: Final = GiB
+# A run shorter than this is copied without asking: reading a chunk and looking for zeroes costs less than the answer of a
+# thread, for which all other copying waits. With asking, a guest that rewrote chunks at random was caught up with at a third of
+# the rate.
+_WORTH_ASKING: Final = 512 * KiB
+# How long a job that ends waits for requests to a target that does not answer.
+_ABANDON_SECONDS: Final = 2.0
+
+
+class Transfer:
+    """Copies by `state` through `copier`, at the pace of `job`: its pauses, its end, its speed.
+
+    `on_failure` hears of each copy that failed; after the first, nothing more is begun until `resume`.
+    """
+
+    def __init__(self, job: Job, state: SyncState, copier: Copier, on_failure: Callable[[CopyFailed], None]) -> None:
+        self.throttle = Throttle(job.speed)
+        self.failure: CopyFailed | None = None
+        self._job = job
+        self._state = state
+        self._copier = copier
+        self._geometry = copier.geometry(state.dirty.granularity)
+        self._on_failure = on_failure
+        # In descending order: the next one is the last.
+        self._planned: list[Unit] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """How many units are being copied."""
+        return len(self._tasks)
+
+    # --- sweeps ----------------------------------------------------------------------------------------------------
+
+    async def sweep(self, budget: int | None = None) -> int:
+        """Copy until nothing more can be taken, or `budget` bytes were begun; then wait for what is in flight.
+
+        Returns the bytes begun. Stays in it while the job is paused. Raises Cancelled and CopyFailed.
+        """
+        begun = 0
+        while True:
+            await self._job.pause_point()
+            await self._check()
+            unit = None if budget is not None and begun >= budget else await self._next_unit()
+            if unit is None:
+                if not self._tasks:
+                    self._give_back_planned()
+                    return begun
+                await self._job.woken()
+            elif self._is_full or (delay := self._delay(unit)):
+                self._planned.append(unit)
+                await self._job.nap(None if self._is_full else delay)
+            else:
+                begun += unit.length
+                self.throttle.charge(unit.data_length, time.monotonic())
+                self._launch(unit)
+
+    async def sweep_held(self, deadline: float, grace: float) -> None:
+        """The same while the guest is held back, until the deadline (monotonic seconds) at the latest.
+
+        The rate limit does not count. What the target takes `grace` seconds longer for stays in flight. A wish to pause
+        ends it, too. Raises Cancelled and CopyFailed.
+        """
+        while True:
+            self._job.cancel_point()
+            await self._check()
+            left = deadline - time.monotonic()
+            unit = None if left < 0 or self._job.is_to_pause() else await self._next_unit()
+            if unit is not None and not self._is_full:
+                self._launch(unit)
+                continue
+            if unit is not None:
+                self._planned.append(unit)
+            if not self._tasks or left + grace < 0:
+                self._give_back_planned()
+                return
+            await self._job.nap(left + grace if unit is None else left)
+
+    async def _check(self) -> None:
+        if self.failure is not None:
+            await self.quiesce()
+            raise self.failure
+
+    def _delay(self, unit: Unit) -> float:
+        return self.throttle.delay(time.monotonic()) if unit.data_length else 0.0
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._tasks) >= self._copier.options.requests
+
+    # --- what is next ----------------------------------------------------------------------------------------------
+
+    async def _next_unit(self) -> Unit | None:
+        """The next unit to copy, its chunks taken; None when there is none."""
+        dirty = self._state.dirty
+        while True:
+            while self._planned:
+                unit = self._planned.pop()
+                span = dirty.span(unit.offset, unit.length)
+                if dirty.next_run(*span) is None:
+                    return unit
+                self._state.settle(*span, copied=False)  # written since it was planned: its status is stale
+            run = self._state.take(max(1, _RUN // dirty.granularity))
+            if run is None:
+                return None
+            await self._plan(*run)
+
+    async def _plan(self, first: int, end: int) -> None:
+        dirty = self._state.dirty
+        offset, length = dirty.range_of(first, end)
+        try:
+            if length < _WORTH_ASKING:
+                extents = ExtentList.all_data(offset, length)
+            else:
+                extents = await self._job.unless_cancelled(self._copier.status(offset, length, min(length, dirty.granularity)))
+        except DeviceError:
+            extents = ExtentList.all_data(offset, length)  # status is advice: what fails to tell is copied
+        except BaseException:
+            self._state.give_back(first, end)
+            raise
+        planned = first
+        for unit in plan(extents, self._geometry):
+            self._planned.append(unit)
+            planned = dirty.span(unit.offset, unit.length)[1]
+        self._planned.reverse()
+        if planned < end:
+            self._state.give_back(planned, end)
+
+    def _give_back_planned(self) -> None:
+        for unit in self._planned:
+            self._state.give_back(*self._state.dirty.span(unit.offset, unit.length))
+        self._planned.clear()
+
+    # --- one copy --------------------------------------------------------------------------------------------------
+
+    def _launch(self, unit: Unit) -> None:
+        task = asyncio.get_running_loop().create_task(self._copy(unit))
+        self._tasks.add(task)
+        task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._job.wake()
+
+    async def _copy(self, unit: Unit) -> None:
+        copied, failure = False, None
+        try:
+            await self._copier.carry_out(unit)
+            copied = True
+        except CopyFailed as error:
+            failure = error
+        except Exception:
+            _log.exception("job '%s': a fault in nbdmirror while copying %r", self._job.id, unit)
+            failure = CopyFailed("write", DeviceError(0, "internal error"))
+        finally:
+            self._state.settle(*self._state.dirty.span(unit.offset, unit.length), copied=copied)
+        if failure is not None:
+            self._on_failure(failure)
+        else:
+            self._copier.progress.offset += unit.length
+
+    async def quiesce(self) -> None:
+        """Give back what was not begun, and wait for what was. A target that does not answer is waited for only so long when
+        the job ends."""
+        self._give_back_planned()
+        while self._tasks and not self._job.is_to_cancel() and self.failure is None:
+            await self._job.woken()
+        if self._tasks:
+            _, late = await asyncio.wait(set(self._tasks), timeout=_ABANDON_SECONDS)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late)
