@@ -248,7 +248,7 @@ def _block_job_info(job: Job) -> dict[str, Any]:
         "busy": job.is_busy,
         "paused": job.is_paused,
         "speed": job.speed,
-        "io-status": "ok",
+        "io-status": job.io_status,
         "ready": job.is_ready,
         "status": job.status,
         "auto-finalize": job.auto_finalize,

@@ -79,6 +79,11 @@ class Job(ABC):
     def is_busy(self) -> bool:
         """Whether something is being done right now."""
 
+    @property
+    def io_status(self) -> str:
+        """`ok`; or `failed` or `nospace` where an error has paused the job."""
+        return "ok"
+
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
         """Counters of the job's own, under names that begin with `x-`."""
@@ -228,8 +233,8 @@ class Job(ABC):
         await self._wake.wait()
         self._wake.clear()
 
-    async def nap(self, seconds: float | None) -> None:
-        """Sleep, but not past a `wake`; None: until there is one."""
+    async def nap(self, seconds: float) -> None:
+        """Sleep, but not past a `wake`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.woken()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, ZERO, ExtentList, zero_runs
 from nbdmirror.mirror.plan import Copy, Geometry, Step, Unit, Zero
+from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.protocol.constants import NO_HOLE
 from nbdmirror.units import KiB, MiB, round_down
 
@@ -39,15 +40,6 @@ MOST_ZERO: Final = 256 * MiB
 _STATUS_QUERIES: Final = 64
 _SCAN_QUERIES: Final = 4096
 _SCAN_LENGTH: Final = 4 * KiB * MiB - MiB
-
-
-class CopyFailed(Exception):  # noqa: N818  # it is no fault of ours
-    """A unit could not be copied: `operation` is `read` where the source failed, `write` where the target did."""
-
-    def __init__(self, operation: str, cause: DeviceError) -> None:
-        self.operation = operation
-        self.cause = cause
-        super().__init__(str(cause))
 
 
 @dataclass(frozen=True, slots=True)

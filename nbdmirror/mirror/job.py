@@ -22,9 +22,10 @@ from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.jobs.job import Cancelled, Job
 from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
 from nbdmirror.mirror import pace
-from nbdmirror.mirror.copier import Copier, CopyFailed
+from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.progress import Progress
 from nbdmirror.mirror.transfer import Transfer
+from nbdmirror.mirror.trouble import Action, CopyFailed, Trouble
 from nbdmirror.mirror.zero_map import ZeroMap
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ class MirrorJob(Job):
         self._recorder = WriteRecorder(self.state, self._on_write)
         self._zero_map = ZeroMap(source.size, granularity)
         self._copier = Copier(source, target, self._zero_map, self.counters, options.copy)
-        self._transfer = Transfer(self, self.state, self._copier, self._fail)
+        self._trouble = Trouble(options.on_source_error, options.on_target_error)
+        self._transfer = Transfer(self, self.state, self._copier, self._trouble, self._fail)
         self._pivot = pivot
         self._ending: Literal["", "complete", "cancel"] = ""
         self._waiting_for_write = False
@@ -87,11 +89,10 @@ class MirrorJob(Job):
             self.options.check_sizes(self.source.size, self.target.size)
             await self._prepare()
             await self._converge()
-            await self._flush_target()
             self._become_ready()
             await self._stay_in_step()
             while not await self._finish():
-                await self.pause_point()
+                await self._transfer.rest()
         except CopyFailed as failure:
             raise failure.cause from None
         finally:
@@ -110,7 +111,14 @@ class MirrorJob(Job):
                 _log.info("job '%s': the target does not tell its extents (%s); zeroes are written everywhere", self.id, error)
 
     async def _converge(self) -> None:
-        """Copy, pass after pass, until there is a moment at which nothing is left."""
+        """Copy, pass after pass, until there is a moment at which nothing is left; and flush."""
+        while True:
+            await self._catch_up()
+            if await self._flush_target():
+                return
+            await self._transfer.rest()
+
+    async def _catch_up(self) -> None:
         left = self.state.remaining_bytes
         while True:
             started, before = time.monotonic(), self.counters.offset
@@ -132,6 +140,8 @@ class MirrorJob(Job):
                 await self._transfer.sweep_held(time.monotonic() + pace.HOLD_SECONDS, grace=pace.HOLD_SECONDS)
                 if self.state.is_synced:
                     return True
+            if self._transfer.is_to_rest():
+                return False
             await self.nap(pace.RELEASE_SECONDS)
             if turn % pace.CLOSE_IN_CHECK == pace.CLOSE_IN_CHECK - 1:
                 was_left, left = left, self.state.remaining_bytes
@@ -154,17 +164,16 @@ class MirrorJob(Job):
     async def _finish(self) -> bool:
         """Drain the source, copy what is left, flush; then pivot, or leave the copy as it is.
 
-        False when the job is to pause meanwhile: the guest goes on then, and all of this is done again.
+        False where there is something to wait for, a pause or a disk that failed: the guest goes on then, and all of this
+        is done again afterwards.
         """
         await self._shrink()
         async with self._guest_held():
             await self._transfer.sweep_held(time.monotonic() + _UNBOUNDED, 0)
-            if not self.state.is_synced or self.is_to_pause():
+            if not self.state.is_synced or not await self._flush_target() or self._transfer.is_to_rest():
                 return False
-            await self._flush_target()
             self.cancel_point()
-            if self.is_to_pause():
-                return False
+            self._trouble.is_final()
             await self.conclude()
             self.source.forget(self._recorder)
             if self._ending == "complete":
@@ -188,7 +197,8 @@ class MirrorJob(Job):
             await self.unless_cancelled(stack.enter_async_context(self.source.drained()))
             yield
 
-    async def _flush_target(self) -> None:
+    async def _flush_target(self) -> bool:
+        """False when that failed: what was not flushed is dirty again."""
         self.state.flush_begins()
         try:
             if self.options.flush:
@@ -198,18 +208,20 @@ class MirrorJob(Job):
             raise
         except DeviceError as error:
             self.state.target_lost()
-            self._report("write")
-            raise CopyFailed("write", error) from error
+            self._fail(CopyFailed("write", error))
+            return False
         self.state.flush_ends()
+        return True
 
     def _fail(self, failure: CopyFailed) -> None:
-        """The first failure ends the job; it is reported once."""
-        if self._transfer.failure is None:
-            self._transfer.failure = failure
-            self._report(failure.operation)
-
-    def _report(self, operation: str) -> None:
-        self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": operation, "action": "report"})
+        """Something could not be copied, and is dirty again: do as the policy says."""
+        action = self._trouble.strikes(failure, time.monotonic())
+        if action is not None:
+            _log.warning("job '%s': %s failed, %s: %s", self.id, failure.operation, action, failure)
+            self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": failure.operation, "action": action})
+        if action is Action.STOP:
+            self._pause_wanted = True
+        self.wake()
 
     async def quiesce(self) -> None:
         """See Job."""
@@ -232,13 +244,18 @@ class MirrorJob(Job):
     def cancel_gently(self) -> None:
         """After READY: end in step, as a copy of one point in time, without pivot. Before: `cancel`."""
         check_verb(self.id, self.status, JobVerb.CANCEL)
+        if self._pause_wanted:
+            raise StateError(f"The block job for device '{self.id}' is currently paused")
         if not self.is_ready:
             self.cancel()
             return
-        if self._pause_wanted:
-            raise StateError(f"The block job for device '{self.id}' is currently paused")
         self._ending = self._ending or "cancel"
         self.wake()
+
+    def resume(self) -> None:
+        """See Job; what failed before is tried again."""
+        super().resume()
+        self._trouble.resumed()
 
     def set_speed(self, speed: int) -> None:
         """See Job; what waits for the old limit goes on by the new one."""
@@ -257,7 +274,12 @@ class MirrorJob(Job):
         """Whether something is being copied right now."""
         return self._transfer.in_flight > 0
 
+    @property
+    def io_status(self) -> str:
+        """See Job."""
+        return self._trouble.io_status
+
     def statistics(self) -> dict[str, Any]:
         """Counters in bytes, for people and scripts."""
         now = {"x-dirty-bytes": self.state.dirty.dirty_bytes, "x-in-flight": self._transfer.in_flight}
-        return {**self.counters.statistics(), **now}
+        return {**self.counters.statistics(), **now, **self._trouble.statistics()}

@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 from nbdmirror.errors import StateError
 from nbdmirror.mirror.copier import CopyOptions
+from nbdmirror.mirror.trouble import OnError
 from nbdmirror.units import KiB, MiB, round_up
 
 DEFAULT_GRANULARITY: Final = 64 * KiB
@@ -26,6 +27,8 @@ class MirrorOptions:
     target_is_zero: bool = False
     flush: bool = True
     larger_target: bool = False
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
     copy: CopyOptions = field(default_factory=CopyOptions)
 
     def __post_init__(self) -> None:

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Final
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import ExtentList
-from nbdmirror.mirror.copier import CopyFailed
 from nbdmirror.mirror.plan import Unit, plan
 from nbdmirror.mirror.throttle import Throttle
+from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.units import GiB, KiB
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nbdmirror.bitmap.sync_state import SyncState
     from nbdmirror.jobs.job import Job
     from nbdmirror.mirror.copier import Copier
+    from nbdmirror.mirror.trouble import Trouble
 
 _log: Final = logging.getLogger(__name__)
 
@@ -44,16 +45,18 @@ _ABANDON_SECONDS: Final = 2.0
 class Transfer:
     """Copies by `state` through `copier`, at the pace of `job`: its pauses, its end, its speed.
 
-    `on_failure` hears of each copy that failed; after the first, nothing more is begun until `resume`.
+    `on_failure` hears of each copy that failed; `trouble` says what came of it.
     """
 
-    def __init__(self, job: Job, state: SyncState, copier: Copier, on_failure: Callable[[CopyFailed], None]) -> None:
+    def __init__(
+        self, job: Job, state: SyncState, copier: Copier, trouble: Trouble, on_failure: Callable[[CopyFailed], None]
+    ) -> None:
         self.throttle = Throttle(job.speed)
-        self.failure: CopyFailed | None = None
         self._job = job
         self._state = state
         self._copier = copier
         self._geometry = copier.geometry(state.dirty.granularity)
+        self._trouble = trouble
         self._on_failure = on_failure
         # In descending order: the next one is the last.
         self._planned: list[Unit] = []
@@ -73,33 +76,45 @@ class Transfer:
         """
         begun = 0
         while True:
-            await self._job.pause_point()
-            await self._check()
+            await self.rest()
             unit = None if budget is not None and begun >= budget else await self._next_unit()
             if unit is None:
                 if not self._tasks:
                     self._give_back_planned()
                     return begun
                 await self._job.woken()
-            elif self._is_full or (delay := self._delay(unit)):
+            elif self._is_full:
                 self._planned.append(unit)
-                await self._job.nap(None if self._is_full else delay)
+                await self._job.woken()
+            elif delay := self._delay(unit):
+                self._planned.append(unit)
+                await self._job.nap(delay)
             else:
                 begun += unit.length
                 self.throttle.charge(unit.data_length, time.monotonic())
                 self._launch(unit)
 
+    async def rest(self) -> None:
+        """Stay here while the job is paused, or waits for a disk to recover. Raises Cancelled and CopyFailed."""
+        while True:
+            await self._job.pause_point()
+            await self._check()
+            delay = self._trouble.delay(time.monotonic())
+            if not delay:
+                return
+            await self._job.nap(delay)
+
     async def sweep_held(self, deadline: float, grace: float) -> None:
         """The same while the guest is held back, until the deadline (monotonic seconds) at the latest.
 
-        The rate limit does not count. What the target takes `grace` seconds longer for stays in flight. A wish to pause
-        ends it, too. Raises Cancelled and CopyFailed.
+        The rate limit does not count. What the target takes `grace` seconds longer for stays in flight. It ends at once
+        where there is something to wait for. Raises Cancelled and CopyFailed.
         """
         while True:
             self._job.cancel_point()
             await self._check()
             left = deadline - time.monotonic()
-            unit = None if left < 0 or self._job.is_to_pause() else await self._next_unit()
+            unit = None if left < 0 or self.is_to_rest() else await self._next_unit()
             if unit is not None and not self._is_full:
                 self._launch(unit)
                 continue
@@ -110,10 +125,14 @@ class Transfer:
                 return
             await self._job.nap(left + grace if unit is None else left)
 
+    def is_to_rest(self) -> bool:
+        """Whether there is something to wait for: the end of a pause, or a disk to recover."""
+        return self._job.is_to_pause() or self._trouble.failure is not None or self._trouble.delay(time.monotonic()) > 0
+
     async def _check(self) -> None:
-        if self.failure is not None:
+        if self._trouble.failure is not None:
             await self.quiesce()
-            raise self.failure
+            raise self._trouble.failure
 
     def _delay(self, unit: Unit) -> float:
         return self.throttle.delay(time.monotonic()) if unit.data_length else 0.0
@@ -191,13 +210,14 @@ class Transfer:
         if failure is not None:
             self._on_failure(failure)
         else:
+            self._trouble.succeeds()
             self._copier.progress.offset += unit.length
 
     async def quiesce(self) -> None:
         """Give back what was not begun, and wait for what was. A target that does not answer is waited for only so long when
         the job ends."""
         self._give_back_planned()
-        while self._tasks and not self._job.is_to_cancel() and self.failure is None:
+        while self._tasks and not self._job.is_to_cancel() and self._trouble.failure is None:
             await self._job.woken()
         if self._tasks:
             _, late = await asyncio.wait(set(self._tasks), timeout=_ABANDON_SECONDS)

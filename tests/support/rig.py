@@ -22,6 +22,7 @@ from nbdmirror.mirror import pace, transfer
 from nbdmirror.mirror.copier import CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.trouble import OnError
 from tests.support.fakes import GatedDevice, Held, settled
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ class Rig:
         auto_dismiss: bool = True,
         flush: bool = True,
         target_is_zero: bool = False,
+        on_source_error: OnError = OnError.REPORT,
+        on_target_error: OnError = OnError.REPORT,
     ) -> None:
         self.source = HeldDisk(size, holding=holding_source, name="source")
         self.target = HeldDisk(size if target_size is None else target_size, holding=holding_target, name="target")
@@ -163,6 +166,8 @@ class Rig:
                 granularity=granularity,
                 target_is_zero=target_is_zero,
                 flush=flush,
+                on_source_error=on_source_error,
+                on_target_error=on_target_error,
                 copy=CopyOptions(request_size=request_size, requests=requests),
             ),
             speed=speed,

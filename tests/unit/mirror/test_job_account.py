@@ -49,6 +49,7 @@ async def test_account_of_a_hollow_disk() -> None:
         "x-bytes-skipped": SIZE - CHUNK,
         "x-dirty-bytes": 0,
         "x-in-flight": 0,
+        "x-errors": 0,
     }
     assert rig.target.named("zero") == []
     assert rig.target.named("extents") == []
