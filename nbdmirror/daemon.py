@@ -26,6 +26,7 @@ from nbdmirror import __version__
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
 from nbdmirror.commands.job import JobCommands
+from nbdmirror.commands.mirror import MirrorCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
 from nbdmirror.devices.uri import NbdEndpoint
@@ -109,7 +110,8 @@ class Daemon:
             options.export_name, node.device, description=options.description, read_only=options.read_only
         )
         BlockCommands(inventory).register(self._registry)
-        JobCommands(inventory, self._monitor.emit).register(self._registry)
+        JobCommands(inventory).register(self._registry)
+        MirrorCommands(inventory, self._monitor.emit).register(self._registry)
         ControlCommands(self._stop.set).register(self._registry)
         stack.push_async_callback(self._monitor.aclose)
         listener = self._listener()

@@ -151,6 +151,11 @@ class SyncState:
         for first, end in _runs(lost):
             self.dirty.add_chunks(first, end)
 
+    @property
+    def is_flushing(self) -> bool:
+        """Whether a flush of the target is under way."""
+        return self._flushing is not None
+
     # --- questions -------------------------------------------------------------------------------------------------
 
     def is_recorded(self, chunk: int) -> bool:
@@ -162,6 +167,23 @@ class SyncState:
             or (self._flushing is not None and self._flushing[chunk])
             or any(first <= chunk < end for first, end in self._writing)
         )
+
+    def recorded_runs(self) -> Iterator[tuple[int, int]]:
+        """The runs of chunks of which any of the four facts holds."""
+        return _runs(~self._idle())
+
+    def idle_runs(self) -> Iterator[tuple[int, int]]:
+        """The runs of chunks of which none does: they need not be on record."""
+        return _runs(self._idle())
+
+    def _idle(self) -> bitarray:
+        idle = ~(self._copying | self._unflushed)
+        if self._flushing is not None:
+            idle &= ~self._flushing
+        self.dirty.mask_clean(idle)
+        for first, end in self._writing:
+            idle[first:end] = 0
+        return idle
 
     @property
     def is_synced(self) -> bool:

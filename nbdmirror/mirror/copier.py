@@ -34,6 +34,7 @@ _COARSE_GRAIN: Final = 64 * KiB
 # 256 KiB to 1 MiB with 16 in flight is where libnbd is fastest; larger buffers fall out of the processor's cache.
 DEFAULT_REQUEST_SIZE: Final = MiB
 DEFAULT_REQUESTS: Final = 16
+DEFAULT_BUFFER: Final = DEFAULT_REQUESTS * DEFAULT_REQUEST_SIZE
 # One zero request; no payload travels, but a server without real zeroing writes all of it before it answers.
 MOST_ZERO: Final = 256 * MiB
 # What a server may make us ask to learn of one chunk, and of a whole target, before it counts as data.
@@ -44,10 +45,14 @@ _SCAN_LENGTH: Final = 4 * KiB * MiB - MiB
 
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """How to copy: the most data bytes per unit, how many units at a time, whether zeroes may become holes."""
+    """How to copy: the most data bytes per unit, how many units at a time, whether zeroes may become holes.
+
+    `buffer` bounds the data of all units at a time, in bytes; a chunk that is larger is copied alone.
+    """
 
     request_size: int = DEFAULT_REQUEST_SIZE
     requests: int = DEFAULT_REQUESTS
+    buffer: int = DEFAULT_BUFFER
     unmap: bool = True
     use_extents: bool = True
 
@@ -68,7 +73,7 @@ class Copier:
 
     def geometry(self, granularity: int) -> Geometry:
         """The bounds of a plan for these two disks."""
-        unit = max(round_down(self.options.request_size, granularity), granularity)
+        unit = max(round_down(min(self.options.request_size, self.options.buffer), granularity), granularity)
         alignment = max(self.target.limits.minimum, self.source.limits.minimum)
         return Geometry(granularity, unit, max(round_down(MOST_ZERO, granularity), granularity), alignment, self.source.size)
 

@@ -19,10 +19,11 @@ from nbdmirror.bitmap.dirty import DirtyBitmap
 from nbdmirror.bitmap.recorder import WriteRecorder
 from nbdmirror.bitmap.sync_state import SyncState
 from nbdmirror.errors import DeviceError, StateError
-from nbdmirror.jobs.job import Cancelled, Job
+from nbdmirror.jobs.job import Job
 from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
 from nbdmirror.mirror import pace
 from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.flusher import Flusher
 from nbdmirror.mirror.progress import Progress
 from nbdmirror.mirror.transfer import Transfer
 from nbdmirror.mirror.trouble import Action, CopyFailed, Trouble
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from nbdmirror.devices.tracked import TrackedDevice
     from nbdmirror.jobs.job import Emit
     from nbdmirror.mirror.options import MirrorOptions
+    from nbdmirror.mirror.record import Record
 
 _log: Final = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class MirrorJob(Job):
         *,
         pivot: Callable[[], None],
         options: MirrorOptions,
+        record: Record | None = None,
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
@@ -65,22 +68,29 @@ class MirrorJob(Job):
         self.target = target
         self.options = options
         self.counters = Progress()
+        self.record = record
         granularity = max(options.granularity, target.limits.minimum, source.limits.minimum)
+        if record is not None:
+            granularity = record.bitmap.bits.granularity
         self.state = SyncState(DirtyBitmap(source.size, granularity))
         self._recorder = WriteRecorder(self.state, self._on_write)
         self._zero_map = ZeroMap(source.size, granularity)
         self._copier = Copier(source, target, self._zero_map, self.counters, options.copy)
         self._trouble = Trouble(options.on_source_error, options.on_target_error)
-        self._transfer = Transfer(self, self.state, self._copier, self._trouble, self._fail)
+        self._transfer = Transfer(self, self.state, self._copier, self._trouble, self._settled, self._fail)
+        self._flusher = Flusher(self, self.state, target, record, self._fail, is_wanted=options.flush)
         self._pivot = pivot
         self._ending: Literal["", "complete", "cancel"] = ""
         self._waiting_for_write = False
+        self._has_handed_over = False
 
     # --- the run ---------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """See Job. No write that comes after this is missed, not even before the task first runs."""
         self.source.observe(self._recorder)
+        if self.record is not None:
+            self.record.hand_over(self.state, f"job {self.id}")
         super().start()
 
     async def run(self) -> None:
@@ -97,14 +107,26 @@ class MirrorJob(Job):
             raise failure.cause from None
         finally:
             await self.quiesce()  # until then what is copied and written still counts
-            self.source.forget(self._recorder)
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Leave the source, and the bitmap that was worked by, to others."""
+        if self._has_handed_over:
+            return
+        if not self._transfer.has_given_up:
+            await self._flusher.last()
+        self.source.forget(self._recorder)
+        if self.record is not None:
+            self.record.failed(self.state)
+            self.record.give_back()
 
     async def _prepare(self) -> None:
-        if self.options.sync != "none":
+        copies_all = self.options.sync != "none" and self.record is None
+        if copies_all:
             self.state.dirty.fill()
         if self.options.target_is_zero:
             self._zero_map.set_zero(0, self.source.size)
-        elif self.options.sync != "none":
+        elif copies_all:
             try:
                 await self.unless_cancelled(self._copier.learn_zeroes())
             except DeviceError as error:
@@ -114,7 +136,7 @@ class MirrorJob(Job):
         """Copy, pass after pass, until there is a moment at which nothing is left; and flush."""
         while True:
             await self._catch_up()
-            if await self._flush_target():
+            if await self._flusher.flush():
                 return
             await self._transfer.rest()
 
@@ -154,12 +176,21 @@ class MirrorJob(Job):
         while not self._ending:
             await self._transfer.sweep()
             if self.state.is_synced and not self._ending:
-                self._waiting_for_write = True
-                await self.woken()
-                self._waiting_for_write = False
+                await self._wait_for_write()
             if not self._ending:
                 await self.nap(pace.GATHER_SECONDS)
             await self.pause_point()
+
+    async def _wait_for_write(self) -> None:
+        """Nothing is left to copy. Meanwhile there is time to flush, where a record waits for that."""
+        self._waiting_for_write = True
+        if self._flusher.is_behind:
+            await self.nap(pace.CHECKPOINT_SECONDS)
+            if self.state.is_synced:
+                await self._flusher.flush()
+        else:
+            await self.woken()
+        self._waiting_for_write = False
 
     async def _finish(self) -> bool:
         """Drain the source, copy what is left, flush; then pivot, or leave the copy as it is.
@@ -170,16 +201,24 @@ class MirrorJob(Job):
         await self._shrink()
         async with self._guest_held():
             await self._transfer.sweep_held(time.monotonic() + _UNBOUNDED, 0)
-            if not self.state.is_synced or not await self._flush_target() or self._transfer.is_to_rest():
+            if not self.state.is_synced or not await self._flusher.flush() or self._transfer.is_to_rest():
                 return False
             self.cancel_point()
             self._trouble.is_final()
             await self.conclude()
-            self.source.forget(self._recorder)
-            if self._ending == "complete":
-                self._pivot()
+            self._hand_over()
         self.succeed()
         return True
+
+    def _hand_over(self) -> None:
+        """Source and target are the same, and stay so until this is done."""
+        if self._ending == "complete":
+            self._pivot()
+        self.source.forget(self._recorder)
+        if self.record is not None:
+            self.record.succeeded(self.state)
+            self.record.give_back()
+        self._has_handed_over = True
 
     async def _shrink(self) -> None:
         """Before draining: passes for as long as they make what is left smaller, so that the drain is short."""
@@ -197,21 +236,11 @@ class MirrorJob(Job):
             await self.unless_cancelled(stack.enter_async_context(self.source.drained()))
             yield
 
-    async def _flush_target(self) -> bool:
-        """False when that failed: what was not flushed is dirty again."""
-        self.state.flush_begins()
-        try:
-            if self.options.flush:
-                await self.unless_cancelled(self.target.flush())
-        except Cancelled:
-            self.state.target_lost()
-            raise
-        except DeviceError as error:
-            self.state.target_lost()
-            self._fail(CopyFailed("write", error))
-            return False
-        self.state.flush_ends()
-        return True
+    def _settled(self, length: int) -> None:
+        """So many bytes have arrived."""
+        self.counters.offset += length
+        self._trouble.succeeds()
+        self._flusher.settled(length)
 
     def _fail(self, failure: CopyFailed) -> None:
         """Something could not be copied, and is dirty again: do as the policy says."""
@@ -226,6 +255,7 @@ class MirrorJob(Job):
     async def quiesce(self) -> None:
         """See Job."""
         await self._transfer.quiesce()
+        await self._flusher.quiesce()
 
     def _on_write(self) -> None:
         if self._waiting_for_write:

@@ -22,7 +22,7 @@ class MirrorOptions:
     Without `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
     """
 
-    sync: Literal["full", "top", "none"] = "full"
+    sync: Literal["full", "none"] = "full"
     granularity: int = DEFAULT_GRANULARITY
     target_is_zero: bool = False
     flush: bool = True

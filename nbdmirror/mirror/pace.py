@@ -15,6 +15,10 @@ GATHER_SECONDS: Final = 0.1
 SMALL: Final = 16 * MiB
 # A pass that leaves more than this share of what the pass before it left does not converge.
 SHRINKING: Final = 0.75
+# A job with a live record flushes after so much, or so long: what a broken job has to copy again is bounded by that, and 64 MiB
+# take 60 ms at 1 GiB/s, many times what a flush does.
+CHECKPOINT_BYTES: Final = 64 * MiB
+CHECKPOINT_SECONDS: Final = 1.0
 # Holding a guest back: so long at a time, released so long in between, and only when this much copying is left in all.
 HOLD_SECONDS: Final = 0.1
 RELEASE_SECONDS: Final = 0.01

@@ -45,22 +45,34 @@ _ABANDON_SECONDS: Final = 2.0
 class Transfer:
     """Copies by `state` through `copier`, at the pace of `job`: its pauses, its end, its speed.
 
-    `on_failure` hears of each copy that failed; `trouble` says what came of it.
+    `on_success` hears of each unit that has arrived, in bytes, and `on_failure` of each that has not; `trouble` says what
+    came of that.
     """
 
     def __init__(
-        self, job: Job, state: SyncState, copier: Copier, trouble: Trouble, on_failure: Callable[[CopyFailed], None]
+        self,
+        job: Job,
+        state: SyncState,
+        copier: Copier,
+        trouble: Trouble,
+        on_success: Callable[[int], None],
+        on_failure: Callable[[CopyFailed], None],
     ) -> None:
         self.throttle = Throttle(job.speed)
+        # Whether a disk did not answer when the job ended.
+        self.has_given_up = False
         self._job = job
         self._state = state
         self._copier = copier
         self._geometry = copier.geometry(state.dirty.granularity)
         self._trouble = trouble
+        self._on_success = on_success
         self._on_failure = on_failure
         # In descending order: the next one is the last.
         self._planned: list[Unit] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # Bytes of data that the units in flight may hold in memory.
+        self._buffered = 0
 
     @property
     def in_flight(self) -> int:
@@ -83,7 +95,7 @@ class Transfer:
                     self._give_back_planned()
                     return begun
                 await self._job.woken()
-            elif self._is_full:
+            elif self._is_full_for(unit):
                 self._planned.append(unit)
                 await self._job.woken()
             elif delay := self._delay(unit):
@@ -115,7 +127,7 @@ class Transfer:
             await self._check()
             left = deadline - time.monotonic()
             unit = None if left < 0 or self.is_to_rest() else await self._next_unit()
-            if unit is not None and not self._is_full:
+            if unit is not None and not self._is_full_for(unit):
                 self._launch(unit)
                 continue
             if unit is not None:
@@ -137,9 +149,9 @@ class Transfer:
     def _delay(self, unit: Unit) -> float:
         return self.throttle.delay(time.monotonic()) if unit.data_length else 0.0
 
-    @property
-    def _is_full(self) -> bool:
-        return len(self._tasks) >= self._copier.options.requests
+    def _is_full_for(self, unit: Unit) -> bool:
+        options = self._copier.options
+        return len(self._tasks) >= options.requests or 0 < self._buffered > options.buffer - unit.data_length
 
     # --- what is next ----------------------------------------------------------------------------------------------
 
@@ -187,6 +199,7 @@ class Transfer:
     # --- one copy --------------------------------------------------------------------------------------------------
 
     def _launch(self, unit: Unit) -> None:
+        self._buffered += unit.data_length
         task = asyncio.get_running_loop().create_task(self._copy(unit))
         self._tasks.add(task)
         task.add_done_callback(self._landed)
@@ -206,12 +219,12 @@ class Transfer:
             _log.exception("job '%s': a fault in nbdmirror while copying %r", self._job.id, unit)
             failure = CopyFailed("write", DeviceError(0, "internal error"))
         finally:
+            self._buffered -= unit.data_length
             self._state.settle(*self._state.dirty.span(unit.offset, unit.length), copied=copied)
         if failure is not None:
             self._on_failure(failure)
         else:
-            self._trouble.succeeds()
-            self._copier.progress.offset += unit.length
+            self._on_success(unit.length)
 
     async def quiesce(self) -> None:
         """Give back what was not begun, and wait for what was. A target that does not answer is waited for only so long when
@@ -221,6 +234,7 @@ class Transfer:
             await self._job.woken()
         if self._tasks:
             _, late = await asyncio.wait(set(self._tasks), timeout=_ABANDON_SECONDS)
+            self.has_given_up = self.has_given_up or bool(late)
             for task in late:
                 task.cancel()
             if late:

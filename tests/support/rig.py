@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror import pace, transfer
+from nbdmirror.mirror import flusher, pace, transfer
 from nbdmirror.mirror.copier import CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
@@ -117,6 +117,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(pace, name, value)
     monkeypatch.setattr(transfer, "_WORTH_ASKING", 0)
     monkeypatch.setattr(transfer, "_ABANDON_SECONDS", 0.01)
+    monkeypatch.setattr(flusher, "_LAST_SECONDS", 0.01)
 
 
 def eio(context: str = "held") -> DeviceError:
@@ -134,7 +135,7 @@ class Rig:
         holding_source: Iterable[str] = (),
         holding_target: Iterable[str] = (),
         target_size: int | None = None,
-        sync: Literal["full", "top", "none"] = "full",
+        sync: Literal["full", "none"] = "full",
         granularity: int = CHUNK,
         requests: int = 4,
         request_size: int = CHUNK,
