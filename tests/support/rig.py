@@ -15,6 +15,8 @@ import errno
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from nbdmirror.bitmap.dirty import DirtyBitmap
+from nbdmirror.bitmap.named import BitmapSet, NamedBitmap
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
@@ -22,6 +24,7 @@ from nbdmirror.mirror import flusher, pace, transfer
 from nbdmirror.mirror.copier import CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.record import Keep, Record
 from nbdmirror.mirror.trouble import OnError
 from tests.support.fakes import GatedDevice, Held, settled
 
@@ -146,12 +149,20 @@ class Rig:
         target_is_zero: bool = False,
         on_source_error: OnError = OnError.REPORT,
         on_target_error: OnError = OnError.REPORT,
+        keep: Keep | None = None,
+        marked: Iterable[int] = (),
     ) -> None:
         self.source = HeldDisk(size, holding=holding_source, name="source")
         self.target = HeldDisk(size if target_size is None else target_size, holding=holding_target, name="target")
         if data:
             MemoryDevice.pwrite_now(self.source, data, 0)
         self.device = TrackedDevice(self.source)
+        self.bitmaps = BitmapSet(self.device.writes_in_flight)
+        self.device.observe(self.bitmaps)
+        self.bitmap = NamedBitmap("b", DirtyBitmap(size, granularity))
+        self.bitmaps.add(self.bitmap)
+        for chunk in marked:
+            self.bitmap.bits.add_chunks(chunk, chunk + 1)
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.pivots = 0
         self.ended = False
@@ -171,6 +182,7 @@ class Rig:
                 on_target_error=on_target_error,
                 copy=CopyOptions(request_size=request_size, requests=requests),
             ),
+            record=None if keep is None else Record(self.bitmap, keep),
             speed=speed,
             auto_finalize=auto_finalize,
             auto_dismiss=auto_dismiss,
@@ -189,6 +201,7 @@ class Rig:
         assert self.device.is_drained
         self.pivots += 1
         self.device.replace_below(self.target)
+        self.device.forget(self.bitmaps)
 
     def _on_end(self, _job: object) -> None:
         self.ended = True
@@ -229,6 +242,13 @@ class Rig:
         return {at // size for at in range(0, len(source), size) if source[at : at + size] != target[at : at + size]}
 
     def dirty(self) -> set[int]:
-        """The chunks that are marked."""
-        bits = self.job.state.dirty
-        return {chunk for chunk in range(bits.chunks) if bits.is_dirty(chunk)}
+        """The chunks that the job has marked."""
+        return _chunks(self.job.state.dirty)
+
+    def recorded(self) -> set[int]:
+        """The chunks that the named bitmap has marked."""
+        return _chunks(self.bitmap.bits)
+
+
+def _chunks(bits: DirtyBitmap) -> set[int]:
+    return {chunk for chunk in range(bits.chunks) if bits.is_dirty(chunk)}
