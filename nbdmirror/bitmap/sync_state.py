@@ -65,6 +65,10 @@ class ActiveWrite:
             self.fresh[first:end] = 0
             self.clears[first:end] = 0
 
+    def __repr__(self) -> str:
+        bits = f" fresh={self.fresh.to01()} clears={self.clears.to01()}" if self.begun else ""
+        return f"<ActiveWrite {self.first}..{self.end} whole={self.whole}{bits}>"
+
 
 class SyncState:
     """The state of every chunk of `dirty`, which may be a bitmap that somebody else reads, too."""
@@ -136,8 +140,11 @@ class SyncState:
             for first, end in _runs(active.clears):
                 self.dirty.discard_chunks(active.first + first, active.first + end)
                 self._unflushed[active.first + first : active.first + end] = 1
-        elif not active.begun:
-            self.dirty.add_chunks(active.first, active.end)
+
+    def active_withdraws(self, active: ActiveWrite) -> None:
+        """It will not wait any longer, and begins as a write to the source alone; `write_ends` ends it."""
+        self._active.remove(active)
+        self.write_begins(active.first, active.end)
 
     @property
     def waiting(self) -> list[ActiveWrite]:
