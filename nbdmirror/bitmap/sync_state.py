@@ -12,7 +12,8 @@ Rules:
    before that flush began; a flush that fails, or a target that is lost, makes everything unflushed dirty again, and what
    is being copied too: the target may have answered that write before the loss, and been believed after it.
 5. An active write goes to both disks before it is answered. It counts as writing from its arrival; it begins, and changes
-   a disk, only when no copy and no earlier active write has any of its chunks, so copies and active writes take turns.
+   a disk, only when no copy and no earlier active write has any of its chunks. So that copies get a turn, too, a dirty chunk
+   that is never idle can be waited for in the same line.
 6. Once on both disks, an active write unmarks a chunk that it covered wholly, or that was clean when it began; the chunk is
    unflushed then. It unmarks nothing where another write was in flight meanwhile, whose order on the two disks is not
    known, or where the target was lost meanwhile.
@@ -53,6 +54,10 @@ class ActiveWrite:
     def overlaps(self, first: int, end: int) -> bool:
         """Whether it writes any of chunks `[first, end)`."""
         return self.first < end and first < self.end
+
+    def covers(self, chunk: int) -> bool:
+        """Whether it writes a chunk of the disk wholly."""
+        return self.whole[0] <= chunk - self.first < self.whole[1]
 
     def is_fresh(self, chunk: int) -> bool:
         """Whether a chunk of the disk was clean when this began, and nobody else has written it since."""
@@ -146,6 +151,29 @@ class SyncState:
         self._active.remove(active)
         self.write_begins(active.first, active.end)
 
+    def wait_in_line(self) -> ActiveWrite | None:
+        """A place in the line for a dirty chunk that active writes keep from being taken; None where there is none."""
+        for active in self._active:
+            run = self.dirty.next_run(active.first, active.end)
+            while run is not None and active.begun and active.is_fresh(run[0]):
+                run = self.dirty.next_run(run[0] + 1, active.end)
+            if run is not None:
+                return self.active_arrives(run[0], run[0] + 1, (run[0], run[0]))
+        return None
+
+    def take_turn(self, place: ActiveWrite) -> tuple[int, int] | None:
+        """Take the chunk of a place that may begin, though others wait behind it. None where it is clean, or written."""
+        self.leave_line(place)
+        run = (place.first, place.end)
+        if not self.dirty.is_dirty(place.first) or any(first <= place.first < end for first, end in self._writing):
+            return None
+        self._take(*run)
+        return run
+
+    def leave_line(self, place: ActiveWrite) -> None:
+        """Nobody waits there any longer."""
+        self._active.remove(place)
+
     @property
     def waiting(self) -> list[ActiveWrite]:
         """The active writes that have arrived and not begun, in order."""
@@ -161,12 +189,14 @@ class SyncState:
         run = self._find(self._cursor, self.dirty.chunks, most) or self._find(0, self._cursor, most)
         if run is None:
             return None
-        first, end = run
+        self._take(*run)
+        self._cursor = run[1] if run[1] < self.dirty.chunks else 0
+        return run
+
+    def _take(self, first: int, end: int) -> None:
         self.dirty.discard_chunks(first, end)
         self._copying[first:end] = 1
         self._copying_count += end - first
-        self._cursor = end if end < self.dirty.chunks else 0
-        return run
 
     def _find(self, start: int, limit: int, most: int) -> tuple[int, int] | None:
         while start < limit:

@@ -10,6 +10,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from nbdmirror.devices.base import BlockDevice
     from nbdmirror.mirror.progress import Progress
     from nbdmirror.mirror.zero_map import ZeroMap
+
+_log: Final = logging.getLogger(__name__)
 
 # Looked for in data, so that zeroes that the source could not tell of do not travel: what file systems allocate by.
 ZERO_GRAIN: Final = 4 * KiB
@@ -79,16 +82,17 @@ class Copier:
 
     async def status(self, offset: int, length: int, at_least: int) -> ExtentList:
         """The source's extents from `offset` on: at least `at_least` bytes of them, at most `length`."""
-        if not self.options.use_extents:
-            return ExtentList.all_data(offset, length)
         extents = ExtentList(offset, length)
-        for _ in range(_STATUS_QUERIES):
-            at = offset + extents.length
-            for extent in await self.source.extents(at, offset + length - at):
-                extents.add(extent.length, extent.flags)
-            if extents.length >= at_least:
-                return extents
-        extents.add_until(offset + at_least, DATA)
+        try:
+            for _ in range(_STATUS_QUERIES if self.options.use_extents else 0):
+                at = offset + extents.length
+                for extent in await self.source.extents(at, offset + length - at):
+                    extents.add(extent.length, extent.flags)
+                if extents.length >= at_least:
+                    return extents
+        except DeviceError as error:  # status is advice: what fails to tell is copied
+            _log.debug("'%s' does not tell its extents: %s", self.source.name, error)
+        extents.add_until(offset + (at_least if extents.length else length), DATA)
         return extents
 
     async def carry_out(self, unit: Unit) -> None:
@@ -106,6 +110,11 @@ class Copier:
             await self._send(unit, buffer, start, known_zero=known_zero)
         finally:
             self._buffers.append(buffer)
+
+    async def send(self, data: memoryview, offset: int) -> None:
+        """Write what the caller holds, whole blocks of the target. Raises CopyFailed."""
+        self._zero_map.clear(offset, len(data))
+        await _all((self._write(data, offset),))
 
     async def _send(self, unit: Unit, buffer: bytearray, start: int, *, known_zero: bool) -> None:
         view = memoryview(buffer)

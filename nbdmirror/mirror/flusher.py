@@ -52,15 +52,16 @@ class Flusher:
         self._record = record
         self._on_failure = on_failure
         self._is_wanted = is_wanted
-        self._checkpoint: asyncio.Task[None] | None = None
+        # The flush that goes on beside the copying, if there is one.
+        self.tasks: set[asyncio.Task[None]] = set()
         self._settled = 0
         self._began = 0.0
 
     async def flush(self, within: float | None = None) -> bool:
         """False where that failed. Raises Cancelled, and TimeoutError after `within` seconds."""
         async with asyncio.timeout(within):
-            while self._checkpoint is not None:
-                await self._job.unless_cancelled(asyncio.wait((self._checkpoint,)))
+            while self.tasks:
+                await self._job.unless_cancelled(asyncio.wait(set(self.tasks)))
             try:
                 await self._job.unless_cancelled(self._flush())
             except DeviceError as error:
@@ -92,29 +93,20 @@ class Flusher:
         """So many bytes have arrived: flush, where it is time to."""
         self._settled += length
         is_due = self._settled >= pace.CHECKPOINT_BYTES or time.monotonic() - self._began >= pace.CHECKPOINT_SECONDS
-        if is_due and self.is_behind and self._checkpoint is None and not self._state.is_flushing:
-            self._checkpoint = asyncio.get_running_loop().create_task(self._check_in())
+        if is_due and self.is_behind and not self._state.is_flushing and not self.tasks:
+            task = asyncio.get_running_loop().create_task(self._check_in())
+            self.tasks.add(task)
+            task.add_done_callback(self._landed)
 
     async def _check_in(self) -> None:
         try:
             await self._flush()
         except DeviceError as error:
             self._on_failure(CopyFailed("write", error))
-        finally:
-            self._checkpoint = None
-            self._job.wake()
 
-    # --- the end ---------------------------------------------------------------------------------------------------
-
-    async def quiesce(self) -> None:
-        """Let no flush be under way."""
-        while self._checkpoint is not None and not self._job.is_to_cancel():
-            await self._job.woken()
-        if self._checkpoint is not None:
-            await asyncio.wait((self._checkpoint,), timeout=_LAST_SECONDS)
-        if self._checkpoint is not None:
-            self._checkpoint.cancel()
-            await asyncio.wait((self._checkpoint,))
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        self._job.wake()
 
     async def last(self) -> None:
         """For a job that ends without success: what has arrived need not be copied again, if the target still answers."""

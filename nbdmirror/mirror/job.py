@@ -22,9 +22,12 @@ from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.jobs.job import Job
 from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
 from nbdmirror.mirror import pace
+from nbdmirror.mirror.active import ActiveWrites
 from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.flusher import Flusher
+from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.progress import Progress
+from nbdmirror.mirror.quiet import until_quiet
 from nbdmirror.mirror.transfer import Transfer
 from nbdmirror.mirror.trouble import Action, CopyFailed, Trouble
 from nbdmirror.mirror.zero_map import ZeroMap
@@ -73,15 +76,19 @@ class MirrorJob(Job):
         if record is not None:
             granularity = record.bitmap.bits.granularity
         self.state = SyncState(DirtyBitmap(source.size, granularity))
-        self._recorder = WriteRecorder(self.state, self._on_write)
         self._zero_map = ZeroMap(source.size, granularity)
         self._copier = Copier(source, target, self._zero_map, self.counters, options.copy)
         self._trouble = Trouble(options.on_source_error, options.on_target_error)
-        self._transfer = Transfer(self, self.state, self._copier, self._trouble, self._settled, self._fail)
+        self._transfer = Transfer(self, self.state, self._copier, self._trouble, self._settled, self._fail, self._freed)
+        self._recorder = WriteRecorder(self.state, self._on_write, self._transfer.make_way)
+        self._active = ActiveWrites(self, self.state, self._recorder, self._copier, self._settled, self._fail)
+        self.copy_mode = options.copy_mode
         self._flusher = Flusher(self, self.state, target, record, self._fail, is_wanted=options.flush)
         self._pivot = pivot
         self._ending: Literal["", "complete", "cancel"] = ""
         self._waiting_for_write = False
+        self._has_ended = False
+        self._target_answers = True
         self._has_handed_over = False
 
     # --- the run ---------------------------------------------------------------------------------------------------
@@ -92,6 +99,9 @@ class MirrorJob(Job):
         if self.record is not None:
             self.record.hand_over(self.state, f"job {self.id}")
         super().start()
+        if self.copy_mode is CopyMode.WRITE_BLOCKING:
+            self.source.guard(self._active)
+        self._steer()
 
     async def run(self) -> None:
         """See Job."""
@@ -106,6 +116,8 @@ class MirrorJob(Job):
         except CopyFailed as failure:
             raise failure.cause from None
         finally:
+            self._has_ended = True
+            self._steer()
             await self.quiesce()  # until then what is copied and written still counts
             await self._let_go()
 
@@ -113,12 +125,16 @@ class MirrorJob(Job):
         """Leave the source, and the bitmap that was worked by, to others."""
         if self._has_handed_over:
             return
-        if not self._transfer.has_given_up:
+        if self._target_answers:
             await self._flusher.last()
-        self.source.forget(self._recorder)
+        self._stop_listening()
         if self.record is not None:
             self.record.failed(self.state)
             self.record.give_back()
+
+    def _stop_listening(self) -> None:
+        self.source.unguard(self._active)
+        self.source.forget(self._recorder)
 
     async def _prepare(self) -> None:
         copies_all = self.options.sync != "none" and self.record is None
@@ -175,6 +191,7 @@ class MirrorJob(Job):
         """READY: copy what is written, until told to end."""
         while not self._ending:
             await self._transfer.sweep()
+            self._note_sync()
             if self.state.is_synced and not self._ending:
                 await self._wait_for_write()
             if not self._ending:
@@ -214,7 +231,7 @@ class MirrorJob(Job):
         """Source and target are the same, and stay so until this is done."""
         if self._ending == "complete":
             self._pivot()
-        self.source.forget(self._recorder)
+        self._stop_listening()
         if self.record is not None:
             self.record.succeeded(self.state)
             self.record.give_back()
@@ -236,29 +253,52 @@ class MirrorJob(Job):
             await self.unless_cancelled(stack.enter_async_context(self.source.drained()))
             yield
 
+    def _note_sync(self) -> None:
+        """Everything has been made up for: from here on nothing is missed that is carried over."""
+        if self.state.is_synced and self._recorder.lines_up:
+            self._recorder.missed = False
+
+    def _steer(self) -> None:
+        """Carry writes over, or only mark them: whatever the target can be trusted with just now."""
+        self._recorder.lines_up = (
+            self.copy_mode is CopyMode.WRITE_BLOCKING
+            and not (self._pause_wanted or self._cancel_wanted or self._has_ended)
+            and self._trouble.is_over(time.monotonic())
+        )
+
     def _settled(self, length: int) -> None:
         """So many bytes have arrived."""
         self.counters.offset += length
         self._trouble.succeeds()
+        self._steer()
         self._flusher.settled(length)
 
     def _fail(self, failure: CopyFailed) -> None:
         """Something could not be copied, and is dirty again: do as the policy says."""
+        self._recorder.missed = True
         action = self._trouble.strikes(failure, time.monotonic())
         if action is not None:
             _log.warning("job '%s': %s failed, %s: %s", self.id, failure.operation, action, failure)
             self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": failure.operation, "action": action})
         if action is Action.STOP:
             self._pause_wanted = True
+        self._steer()
         self.wake()
 
     async def quiesce(self) -> None:
         """See Job."""
-        await self._transfer.quiesce()
-        await self._flusher.quiesce()
+        is_quiet = await self._transfer.quiesce()
+        for tasks in (self._active.tasks, self._flusher.tasks):
+            is_quiet = await until_quiet(self, self._trouble, tasks) and is_quiet
+        self._target_answers = is_quiet
+
+    def _freed(self) -> None:
+        """Chunks are no longer taken: a write may be waiting for them."""
+        self._active.advance()
 
     def _on_write(self) -> None:
-        if self._waiting_for_write:
+        self._active.advance()
+        if self._waiting_for_write or self._transfer.is_in_line:
             self.wake()
 
     # --- verbs -----------------------------------------------------------------------------------------------------
@@ -282,10 +322,34 @@ class MirrorJob(Job):
         self._ending = self._ending or "cancel"
         self.wake()
 
+    def change(self, copy_mode: CopyMode) -> None:
+        """Change when writes are copied; this takes effect for those that begin from now on."""
+        check_verb(self.id, self.status, JobVerb.CHANGE)
+        if copy_mode is self.copy_mode:
+            return
+        self.copy_mode = copy_mode
+        if copy_mode is CopyMode.WRITE_BLOCKING:
+            self.source.guard(self._active)
+        else:
+            self.source.unguard(self._active)
+        self._steer()
+        self.wake()
+
+    def pause(self) -> None:
+        """See Job; meanwhile writes are only marked."""
+        super().pause()
+        self._steer()
+
     def resume(self) -> None:
         """See Job; what failed before is tried again."""
         super().resume()
         self._trouble.resumed()
+        self._steer()
+
+    def cancel(self) -> None:
+        """See Job; no write is carried over any more."""
+        super().cancel()
+        self._steer()
 
     def set_speed(self, speed: int) -> None:
         """See Job; what waits for the old limit goes on by the new one."""
@@ -303,6 +367,11 @@ class MirrorJob(Job):
     def is_busy(self) -> bool:
         """Whether something is being copied right now."""
         return self._transfer.in_flight > 0
+
+    @property
+    def is_actively_synced(self) -> bool:
+        """Whether source and target are the same but for writes that are not answered yet, and stay so until an error."""
+        return not self._recorder.missed
 
     @property
     def io_status(self) -> str:

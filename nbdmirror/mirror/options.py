@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Final, Literal
 
 from nbdmirror.errors import StateError
@@ -15,6 +16,13 @@ MIN_GRANULARITY: Final = 512
 MAX_GRANULARITY: Final = 64 * MiB
 
 
+class CopyMode(StrEnum):
+    """When the guest's writes are copied: some time later, or before they are answered."""
+
+    BACKGROUND = "background"
+    WRITE_BLOCKING = "write-blocking"
+
+
 @dataclass(frozen=True, slots=True)
 class MirrorOptions:
     """How to mirror. `granularity` in bytes; `sync` says what is dirty at the start.
@@ -24,6 +32,7 @@ class MirrorOptions:
 
     sync: Literal["full", "none"] = "full"
     granularity: int = DEFAULT_GRANULARITY
+    copy_mode: CopyMode = CopyMode.BACKGROUND
     target_is_zero: bool = False
     flush: bool = True
     larger_target: bool = False

@@ -27,3 +27,5 @@ CLOSE_IN_TURNS: Final = 60
 # Turns after which less than this share must be left, or holding the guest is given up for this pass.
 CLOSE_IN_CHECK: Final = 5
 CLOSING_IN: Final = 0.9
+# How long a guest's write waits for a disk that does not answer: a third of the 30 s after which guests give up a disk.
+PATIENCE_SECONDS: Final = 10.0

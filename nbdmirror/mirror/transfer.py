@@ -11,13 +11,15 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import bisect
 import logging
 import time
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import ExtentList
-from nbdmirror.mirror.plan import Unit, plan
+from nbdmirror.mirror.plan import Copy, Unit, plan
+from nbdmirror.mirror.quiet import until_quiet
 from nbdmirror.mirror.throttle import Throttle
 from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.units import GiB, KiB
@@ -25,7 +27,7 @@ from nbdmirror.units import GiB, KiB
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nbdmirror.bitmap.sync_state import SyncState
+    from nbdmirror.bitmap.sync_state import ActiveWrite, SyncState
     from nbdmirror.jobs.job import Job
     from nbdmirror.mirror.copier import Copier
     from nbdmirror.mirror.trouble import Trouble
@@ -38,15 +40,13 @@ _RUN: Final = GiB
 # thread, for which all other copying waits. With asking, a guest that rewrote chunks at random was caught up with at a third of
 # the rate.
 _WORTH_ASKING: Final = 512 * KiB
-# How long a job that ends waits for requests to a target that does not answer.
-_ABANDON_SECONDS: Final = 2.0
 
 
 class Transfer:
     """Copies by `state` through `copier`, at the pace of `job`: its pauses, its end, its speed.
 
     `on_success` hears of each unit that has arrived, in bytes, and `on_failure` of each that has not; `trouble` says what
-    came of that.
+    came of that. `on_free` is called when chunks that were taken are so no longer.
     """
 
     def __init__(
@@ -57,10 +57,9 @@ class Transfer:
         trouble: Trouble,
         on_success: Callable[[int], None],
         on_failure: Callable[[CopyFailed], None],
+        on_free: Callable[[], None],
     ) -> None:
         self.throttle = Throttle(job.speed)
-        # Whether a disk did not answer when the job ended.
-        self.has_given_up = False
         self._job = job
         self._state = state
         self._copier = copier
@@ -68,9 +67,12 @@ class Transfer:
         self._trouble = trouble
         self._on_success = on_success
         self._on_failure = on_failure
+        self._on_free = on_free
         # In descending order: the next one is the last.
         self._planned: list[Unit] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        # Where active writes leave nothing idle that is dirty.
+        self._place: ActiveWrite | None = None
         # Bytes of data that the units in flight may hold in memory.
         self._buffered = 0
 
@@ -78,6 +80,11 @@ class Transfer:
     def in_flight(self) -> int:
         """How many units are being copied."""
         return len(self._tasks)
+
+    @property
+    def is_in_line(self) -> bool:
+        """Whether a chunk is waited for that active writes have."""
+        return self._place is not None
 
     # --- sweeps ----------------------------------------------------------------------------------------------------
 
@@ -89,6 +96,7 @@ class Transfer:
         begun = 0
         while True:
             await self.rest()
+            begun += self._take_turn()
             unit = None if budget is not None and begun >= budget else await self._next_unit()
             if unit is None:
                 if not self._tasks:
@@ -125,6 +133,7 @@ class Transfer:
         while True:
             self._job.cancel_point()
             await self._check()
+            self._take_turn()
             left = deadline - time.monotonic()
             unit = None if left < 0 or self.is_to_rest() else await self._next_unit()
             if unit is not None and not self._is_full_for(unit):
@@ -165,10 +174,32 @@ class Transfer:
                 if dirty.next_run(*span) is None:
                     return unit
                 self._state.settle(*span, copied=False)  # written since it was planned: its status is stale
+                self._on_free()
             run = self._state.take(max(1, _RUN // dirty.granularity))
             if run is None:
+                self._place = self._place or self._state.wait_in_line()
                 return None
             await self._plan(*run)
+
+    def _take_turn(self) -> int:
+        """Copy the chunk that was waited for, if its turn has come: at once, for others wait behind. Returns its bytes."""
+        place, dirty = self._place, self._state.dirty
+        if place is None or (dirty.is_dirty(place.first) and not self._state.may_begin(place)):
+            return 0
+        self._place = None
+        run = self._state.take_turn(place)
+        if run is None:
+            self._on_free()
+            return 0
+        offset, length = dirty.range_of(*run)
+        self.throttle.charge(length, time.monotonic())
+        self._launch(Unit(offset, length, (Copy(offset, length),)))
+        return length
+
+    def _leave_line(self) -> None:
+        if self._place is not None:
+            self._state.leave_line(self._place)
+            self._place = None
 
     async def _plan(self, first: int, end: int) -> None:
         dirty = self._state.dirty
@@ -178,10 +209,9 @@ class Transfer:
                 extents = ExtentList.all_data(offset, length)
             else:
                 extents = await self._job.unless_cancelled(self._copier.status(offset, length, min(length, dirty.granularity)))
-        except DeviceError:
-            extents = ExtentList.all_data(offset, length)  # status is advice: what fails to tell is copied
         except BaseException:
             self._state.give_back(first, end)
+            self._on_free()
             raise
         planned = first
         for unit in plan(extents, self._geometry):
@@ -190,11 +220,24 @@ class Transfer:
         self._planned.reverse()
         if planned < end:
             self._state.give_back(planned, end)
+        for active in self._state.waiting:
+            self.make_way(active.first, active.end)
+
+    def make_way(self, first: int, end: int) -> None:
+        """A write waits for chunks `[first, end)`: what was planned for them and not begun is given back."""
+        offset, length = self._state.dirty.range_of(first, end)
+        low = bisect.bisect_right(self._planned, -(offset + length), key=lambda unit: -unit.offset)
+        high = bisect.bisect_left(self._planned, -offset, key=lambda unit: -unit.end)
+        for unit in self._planned[low:high]:
+            self._state.settle(*self._state.dirty.span(unit.offset, unit.length), copied=False)
+        del self._planned[low:high]
+        self._on_free()
 
     def _give_back_planned(self) -> None:
         for unit in self._planned:
             self._state.give_back(*self._state.dirty.span(unit.offset, unit.length))
         self._planned.clear()
+        self._on_free()
 
     # --- one copy --------------------------------------------------------------------------------------------------
 
@@ -221,21 +264,14 @@ class Transfer:
         finally:
             self._buffered -= unit.data_length
             self._state.settle(*self._state.dirty.span(unit.offset, unit.length), copied=copied)
+            self._on_free()
         if failure is not None:
             self._on_failure(failure)
         else:
             self._on_success(unit.length)
 
-    async def quiesce(self) -> None:
-        """Give back what was not begun, and wait for what was. A target that does not answer is waited for only so long when
-        the job ends."""
+    async def quiesce(self) -> bool:
+        """Give back what was not begun, and wait for what was; False where that had to be given up."""
+        self._leave_line()
         self._give_back_planned()
-        while self._tasks and not self._job.is_to_cancel() and self._trouble.failure is None:
-            await self._job.woken()
-        if self._tasks:
-            _, late = await asyncio.wait(set(self._tasks), timeout=_ABANDON_SECONDS)
-            self.has_given_up = self.has_given_up or bool(late)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late)
+        return await until_quiet(self._job, self._trouble, self._tasks)

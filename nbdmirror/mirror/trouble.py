@@ -104,6 +104,10 @@ class Trouble:
         """From now on there is nothing to wait for: every failure ends the job."""
         self._policies = dict.fromkeys(self._policies, OnError.REPORT)
 
+    def is_over(self, now: float) -> bool:
+        """Whether nothing has failed that was not made good, or is worth another try."""
+        return self.failure is None and self.io_status == "ok" and not self.delay(now)
+
     def delay(self, now: float) -> float:
         """Seconds to wait at time `now` before anything may be tried again."""
         return max(0.0, self._until - now)

@@ -32,8 +32,8 @@ WHOLE: Final = (True, True, False)
 PASSIVE, *ACTIVE = range(3)
 
 # A write is IDLE, for an active one ARRIVED, then BEGUN, CHANGED, for an active one SENT, then OVER; WITHDRAWN is BEGUN on
-# the source alone, PASSED is CHANGED there. A copy is IDLE, TAKEN, READ, SENT, then OVER.
-IDLE, ARRIVED, BEGUN, CHANGED, SENT, WITHDRAWN, PASSED, TAKEN, READ, OVER = range(10)
+# the source alone, PASSED is CHANGED there. A copy is IDLE, may be LINED, TAKEN, READ, SENT, then OVER.
+IDLE, ARRIVED, BEGUN, CHANGED, SENT, WITHDRAWN, PASSED, TAKEN, READ, OVER, LINED = range(11)
 
 
 def put(old: Halves, number: int, value: int) -> Halves:
@@ -86,24 +86,26 @@ class World(NamedTuple):
 
 @dataclass
 class Step:
-    """A world, the state that watched it come about, and the way there. `active` has the writes that are in the state."""
+    """A world, the state that watched it come about, and the way there. `active` has the writes that are in the state, `place`
+    is that of a copy in their line."""
 
     world: World
     state: SyncState
     active: dict[int, ActiveWrite] = field(default_factory=dict)
+    place: ActiveWrite | None = None
     path: tuple[str, ...] = ()
 
     def then(self, name: str) -> Step:
         """A copy to try one more event on."""
-        twins = {number: _twin(active) for number, active in self.active.items()}
+        twins = {id(active): _twin(active) for active in self.state._active}
         state = clone(self.state)
-        numbers = {id(active): number for number, active in self.active.items()}
-        state._active = [twins[numbers[id(active)]] for active in self.state._active]
-        return Step(self.world, state, twins, (*self.path, name))
+        state._active = list(twins.values())
+        active = {number: twins[id(active)] for number, active in self.active.items()}
+        return Step(self.world, state, active, self.place and twins[id(self.place)], (*self.path, name))
 
     def key(self) -> tuple[object, ...]:
         """What the future depends on."""
-        return (self.world.folded(), facts(self.state), tuple(self.active))
+        return (self.world.folded(), facts(self.state), tuple(self.active), self.place is not None)
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -142,6 +144,15 @@ class Step:
     def end_passive(self, number: int) -> None:
         self.state.write_ends(0, 1)
         self.world = self.world.with_write(number, OVER)
+
+    def take_turn(self, number: int) -> bool:
+        """Of a copy that waits in line; False while it has to."""
+        assert self.place is not None
+        if not self.state.may_begin(self.place):
+            return False
+        run, self.place = self.state.take_turn(self.place), None
+        self.world = self.world.with_copy(number, IDLE if run is None else TAKEN)
+        return True
 
     def settle(self, number: int, *, copied: bool) -> None:
         self.state.settle(0, 1, copied=copied)
@@ -248,8 +259,16 @@ class Step:
             if step.state.take(1) is not None:
                 step.world = step.world.with_copy(idle[0], TAKEN)
                 yield step
+            elif self.place is None and (place := step.state.wait_in_line()) is not None:
+                step.place = place
+                step.world = step.world.with_copy(idle[0], LINED)
+                yield step
         for number, (phase, content) in enumerate(self.world.copies):
-            if phase == TAKEN:
+            if phase == LINED:
+                step = self.then(f"copy {number} takes its turn")
+                if step.take_turn(number):
+                    yield step
+            elif phase == TAKEN:
                 step = self.then(f"copy {number} reads")
                 step.world = step.world.with_copy(number, READ, step.world.source)
                 yield step
@@ -322,9 +341,20 @@ class Step:
             if self.world.writes[number] == PASSED:
                 self.end_passive(number)
         for active in list(self.state._active):
-            self._finish_active(next(number for number, other in self.active.items() if other is active))
+            if active is self.place:
+                self._finish_place()
+            else:
+                self._finish_active(next(number for number, other in self.active.items() if other is active))
         if self.world.flushing is not None:
             self.end_flush()
+
+    def _finish_place(self) -> None:
+        number = next(number for number, (phase, _) in enumerate(self.world.copies) if phase == LINED)
+        if not self.take_turn(number):
+            raise BrokenRuleError("a copy waits for nobody")
+        if self.world.copies[number][0] == TAKEN:
+            self.world = self.world.copy_to_target(self.world.source)
+            self.settle(number, copied=True)
 
     def _finish_active(self, number: int) -> None:
         if self.world.writes[number] == ARRIVED:

@@ -20,10 +20,10 @@ from nbdmirror.bitmap.named import BitmapSet, NamedBitmap
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror import flusher, pace, transfer
+from nbdmirror.mirror import flusher, pace, quiet, transfer
 from nbdmirror.mirror.copier import CopyOptions
 from nbdmirror.mirror.job import MirrorJob
-from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.options import CopyMode, MirrorOptions
 from nbdmirror.mirror.record import Keep, Record
 from nbdmirror.mirror.trouble import OnError
 from tests.support.fakes import GatedDevice, Held, settled
@@ -119,7 +119,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
         monkeypatch.setattr(pace, name, value)
     monkeypatch.setattr(transfer, "_WORTH_ASKING", 0)
-    monkeypatch.setattr(transfer, "_ABANDON_SECONDS", 0.01)
+    monkeypatch.setattr(quiet, "_ABANDON_SECONDS", 0.01)
     monkeypatch.setattr(flusher, "_LAST_SECONDS", 0.01)
 
 
@@ -149,6 +149,7 @@ class Rig:
         target_is_zero: bool = False,
         on_source_error: OnError = OnError.REPORT,
         on_target_error: OnError = OnError.REPORT,
+        copy_mode: CopyMode = CopyMode.BACKGROUND,
         keep: Keep | None = None,
         marked: Iterable[int] = (),
     ) -> None:
@@ -178,6 +179,7 @@ class Rig:
                 granularity=granularity,
                 target_is_zero=target_is_zero,
                 flush=flush,
+                copy_mode=copy_mode,
                 on_source_error=on_source_error,
                 on_target_error=on_target_error,
                 copy=CopyOptions(request_size=request_size, requests=requests),

@@ -47,6 +47,7 @@ async def test_account_of_a_hollow_disk() -> None:
         "x-bytes-sent": CHUNK,
         "x-bytes-zeroed": 0,
         "x-bytes-skipped": SIZE - CHUNK,
+        "x-bytes-filled": 0,
         "x-dirty-bytes": 0,
         "x-in-flight": 0,
         "x-errors": 0,
