@@ -232,7 +232,7 @@ class Daemon:
     async def _close_nodes(self) -> None:
         for node in self._inventory.nodes.values():
             try:
-                if not node.is_read_only:
+                if not node.disk.capabilities.read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):
                         await node.disk.flush()
             except (DeviceError, TimeoutError) as error:

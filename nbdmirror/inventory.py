@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdmirror.bitmap.named import BitmapSet
 from nbdmirror.devices.aligned import AlignedDevice
+from nbdmirror.devices.read_only import ReadOnlyDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import InactiveError, NotFoundError, StateError
 
@@ -46,6 +47,7 @@ class Node:
     bitmaps: BitmapSet = field(init=False)
     guards: list[WriteGuard] = field(default_factory=list)
     users: set[str] = field(default_factory=set)
+    sealed: bool = False
 
     def __post_init__(self) -> None:
         self.device = TrackedDevice(self.disk)
@@ -67,8 +69,8 @@ class Node:
 
     @property
     def is_read_only(self) -> bool:
-        """Whether it was opened, or is served, without permission to write."""
-        return self.disk.capabilities.read_only
+        """Whether it was opened, or is served, without permission to write, or takes no more writes."""
+        return self.sealed or self.disk.capabilities.read_only
 
 
 class Inventory:
@@ -153,6 +155,14 @@ class Inventory:
             node.device.observe(node.bitmaps)
             for guard in node.guards:
                 node.device.guard(guard)
+
+    def seal(self, node: Node) -> None:
+        """Let nobody write to a node any more, whoever is connected. It must be drained."""
+        node.device.replace_below(ReadOnlyDevice(node.disk))
+        node.sealed = True
+        for export in self.exports.values():
+            if export.device is node.device:
+                export.read_only = True
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import methodcaller
-from typing import Any
+from typing import Any, Literal
 
+from nbdmirror.errors import StateError
 from nbdmirror.inventory import Inventory
 from nbdmirror.jobs.job import Job
+from nbdmirror.mirror.job import MirrorJob
+from nbdmirror.mirror.options import CopyMode
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import NonNegative
 
@@ -25,7 +28,10 @@ class JobCommands:
         registry.command("query-jobs")(self.query_jobs)
         registry.command("query-block-jobs")(self.query_block_jobs)
         registry.command("x-nbdmirror-query-job-history")(self.query_job_history)
-        for verb in ("pause", "resume", "complete", "finalize", "dismiss"):
+        registry.command("block-job-change")(self.block_job_change)
+        registry.command("block-job-complete")(self.block_job_complete)
+        registry.command("job-complete")(self.job_complete)
+        for verb in ("pause", "resume", "finalize", "dismiss"):
             act = methodcaller(verb)
             registry.command(f"block-job-{verb}")(self._by_device(act))
             registry.command(f"job-{verb}")(self._by_id(act))
@@ -55,6 +61,18 @@ class JobCommands:
         else:
             job.cancel_gently()
 
+    def block_job_complete(self, device: str, *, x_pivot: bool = True) -> None:
+        """Once READY: hand over to the target; without pivot, leave both disks the same and the source read-only."""
+        _complete(self._inventory.block_job(device), pivot=x_pivot)
+
+    def job_complete(self, id_: str, *, x_pivot: bool = True) -> None:
+        """The same in the job-* family."""
+        _complete(self._inventory.job(id_), pivot=x_pivot)
+
+    def block_job_change(self, id_: str, type_: Literal["mirror"], copy_mode: CopyMode) -> None:  # noqa: ARG002
+        """Change when a mirror copies what the guest writes."""
+        _mirror(self._inventory.block_job(id_)).change(copy_mode)
+
     def block_job_set_speed(self, device: str, speed: NonNegative) -> None:
         """Change the rate limit, in bytes per second."""
         self._inventory.block_job(device).set_speed(speed)
@@ -72,6 +90,19 @@ class JobCommands:
     def query_job_history(self) -> list[dict[str, Any]]:
         """Jobs that have ended, oldest first, as they were then; `x-cancelled` tells a cancelled one from one that failed."""
         return [_block_job_info(job) for job in self._inventory.history]
+
+
+def _complete(job: Job, *, pivot: bool) -> None:
+    if pivot:
+        job.complete()
+    else:
+        _mirror(job).complete_in_place()
+
+
+def _mirror(job: Job) -> MirrorJob:
+    if not isinstance(job, MirrorJob):
+        raise StateError("Job type does not support change")
+    return job
 
 
 def _job_info(job: Job) -> dict[str, Any]:
@@ -98,6 +129,9 @@ def _block_job_info(job: Job) -> dict[str, Any]:
         "x-cancelled": job.was_cancelled,
         **job.statistics(),
     }
+    if isinstance(job, MirrorJob):
+        info["actively-synced"] = job.is_actively_synced
+        info["x-copy-mode"] = job.copy_mode
     if job.error is not None:
         info["error"] = job.error
         info["x-error-detail"] = job.error_detail

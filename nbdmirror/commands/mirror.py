@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from nbdmirror.commands.block import DEFAULT_CONNECTIONS
 from nbdmirror.devices.file import FileDevice
@@ -16,15 +16,21 @@ from nbdmirror.jobs.job import Emit, Job
 from nbdmirror.mirror.bitmap_form import BitmapForm, Mode, Sync
 from nbdmirror.mirror.copier import DEFAULT_BUFFER, DEFAULT_REQUEST_SIZE, DEFAULT_REQUESTS, CopyOptions
 from nbdmirror.mirror.job import MirrorJob
-from nbdmirror.mirror.options import DEFAULT_GRANULARITY, MirrorOptions
+from nbdmirror.mirror.options import DEFAULT_GRANULARITY, CopyMode, MirrorOptions
 from nbdmirror.mirror.trouble import OnError
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import NonNegative, Positive, UInt32
 
+# Guests give a disk up after 30 s.
+DEFAULT_PENDING_SECONDS: Final = 20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MirrorArguments:
-    """What both commands take. `buf_size` bounds the data in flight, in bytes; 0 is the default."""
+    """What both commands take. `buf_size` bounds the data in flight, in bytes; 0 is the default.
+
+    `x_pending_timeout` is how long a job that waits to be finalized holds the guest, in seconds; 0: as long as it takes.
+    """
 
     job_id: str | None = None
     device: str
@@ -35,6 +41,7 @@ class MirrorArguments:
     speed: NonNegative = 0
     granularity: UInt32 = 0
     buf_size: int = 0
+    copy_mode: CopyMode = CopyMode.BACKGROUND
     on_source_error: OnError = OnError.REPORT
     on_target_error: OnError = OnError.REPORT
     auto_finalize: bool = True
@@ -42,6 +49,7 @@ class MirrorArguments:
     target_is_zero: bool = False
     x_requests: Positive = DEFAULT_REQUESTS
     x_request_size: Positive = DEFAULT_REQUEST_SIZE
+    x_pending_timeout: NonNegative = DEFAULT_PENDING_SECONDS
 
     def options(self, *, unmap: bool) -> MirrorOptions:
         """How to mirror; raises StateError."""
@@ -51,6 +59,8 @@ class MirrorArguments:
             sync="none" if self.sync == "none" else "full",  # raw disks have no backing, so their top is all of them
             granularity=self.granularity or DEFAULT_GRANULARITY,
             target_is_zero=self.target_is_zero,
+            pending_seconds=self.x_pending_timeout or None,
+            copy_mode=self.copy_mode,
             on_source_error=self.on_source_error,
             on_target_error=self.on_target_error,
             copy=CopyOptions(
@@ -138,6 +148,7 @@ class MirrorCommands:
             target.device,
             self._emit,
             pivot=lambda: self._inventory.pivot(source, target),
+            seal=lambda: self._inventory.seal(source),
             options=options,
             record=record,
             speed=wanted.speed,

@@ -63,7 +63,7 @@ class Job(ABC):
 
     @abstractmethod
     async def run(self) -> None:
-        """Do the work, with `pause_point` at every step; call `conclude` once it is done. Raises DeviceError or Cancelled."""
+        """Do the work, with `pause_point` at every step; call `pend` once it is done. Raises DeviceError or Cancelled."""
 
     @abstractmethod
     async def quiesce(self) -> None:
@@ -138,18 +138,24 @@ class Job(ABC):
             self._emit("BLOCK_JOB_COMPLETED", {**self._event_data(), "error": error})
         self._end()
 
-    async def conclude(self) -> None:
-        """The work is done: wait to be finalized, where that was asked for. Raises Cancelled when cancelled instead."""
+    def pend(self) -> None:
+        """The work is done."""
         self._become(JobStatus.WAITING)
         self._become(JobStatus.PENDING)
         if not self.auto_finalize:
             self._emit("BLOCK_JOB_PENDING", {"type": self.kind, "id": self.id})
-            while not self._finalized:
-                await self.woken()
-                self.cancel_point()
+
+    async def finalized(self, within: float | None) -> bool:
+        """Wait to be finalized, where that was asked for; False after so many seconds. Raises Cancelled."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while not (self.auto_finalize or self._finalized):
+                    await self.woken()
+                    self.cancel_point()
+        return self.auto_finalize or self._finalized
 
     def succeed(self) -> None:
-        """Say so, after `conclude` and whatever had to be done then."""
+        """Say so, after `finalized` and whatever had to be done then."""
         self._emit("BLOCK_JOB_COMPLETED", self._event_data())
         self._end()
 

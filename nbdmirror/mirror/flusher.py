@@ -54,7 +54,8 @@ class Flusher:
         self._is_wanted = is_wanted
         # The flush that goes on beside the copying, if there is one.
         self.tasks: set[asyncio.Task[None]] = set()
-        self._settled = 0
+        # Bytes that have arrived since the last flush began.
+        self.unflushed = 0
         self._began = 0.0
 
     async def flush(self, within: float | None = None) -> bool:
@@ -70,7 +71,7 @@ class Flusher:
         return True
 
     async def _flush(self) -> None:
-        self._settled, self._began = 0, time.monotonic()
+        self.unflushed, self._began = 0, time.monotonic()
         self._state.flush_begins()
         try:
             if self._is_wanted:
@@ -87,12 +88,12 @@ class Flusher:
     @property
     def is_behind(self) -> bool:
         """Whether a live record has something that only a flush takes off it."""
-        return self._settled > 0 and self._record is not None and self._record.keep is Keep.LIVE
+        return self.unflushed > 0 and self._record is not None and self._record.keep is Keep.LIVE
 
     def settled(self, length: int) -> None:
         """So many bytes have arrived: flush, where it is time to."""
-        self._settled += length
-        is_due = self._settled >= pace.CHECKPOINT_BYTES or time.monotonic() - self._began >= pace.CHECKPOINT_SECONDS
+        self.unflushed += length
+        is_due = self.unflushed >= pace.CHECKPOINT_BYTES or time.monotonic() - self._began >= pace.CHECKPOINT_SECONDS
         if is_due and self.is_behind and not self._state.is_flushing and not self.tasks:
             task = asyncio.get_running_loop().create_task(self._check_in())
             self.tasks.add(task)
@@ -110,7 +111,7 @@ class Flusher:
 
     async def last(self) -> None:
         """For a job that ends without success: what has arrived need not be copied again, if the target still answers."""
-        if self._record is not None and self._record.keep in (Keep.LIVE, Keep.ALWAYS) and self._settled:
+        if self._record is not None and self._record.keep in (Keep.LIVE, Keep.ALWAYS) and self.unflushed:
             with suppress(DeviceError, TimeoutError):
                 async with asyncio.timeout(_LAST_SECONDS):
                     await self._flush()

@@ -1,18 +1,21 @@
 """MirrorJob: copies what is dirty until source and target are in step, keeps them so, and hands over.
 
+    start     observe the source's writes; take over the bitmap that is worked by, if there is one
+    converge  `convergence`: pass after pass, by `transfer`, which `copier` carries out
+    READY     what is written is copied soon after, or before it is answered (`active`); the copy mode can be changed
+    end       `ending`: drain, copy the rest, flush, hand over
+
 Rules:
-1. READY is said once, after a moment at which nothing was dirty or being copied, and after the target was flushed. At
-   completion the source is drained first, so that what is then copied and flushed stays so until the exports have moved.
-2. The guest's own requests never fail because of the job.
-3. A guest that rewrites faster than passes get shorter is held back in turns of HOLD_SECONDS, but only where that can
-   succeed soon; a slow target never slows a guest for long.
+1. READY is said once, after a moment at which nothing was dirty or being copied, and after the target was flushed.
+2. The guest's own requests never fail because of the job. What fails is dirty again, and `trouble` says what to do about it.
+3. Until the target is known and the job goes on, and while it pauses or a disk recovers, writes are only marked.
+4. However the job ends, the source and the bitmap are given back, and the bitmap holds no less than what is still to be copied.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from nbdmirror.bitmap.dirty import DirtyBitmap
@@ -23,17 +26,20 @@ from nbdmirror.jobs.job import Job
 from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
 from nbdmirror.mirror import pace
 from nbdmirror.mirror.active import ActiveWrites
+from nbdmirror.mirror.convergence import Convergence
 from nbdmirror.mirror.copier import Copier
+from nbdmirror.mirror.ending import Ending
 from nbdmirror.mirror.flusher import Flusher
 from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.progress import Progress
 from nbdmirror.mirror.quiet import until_quiet
+from nbdmirror.mirror.rates import Rates
 from nbdmirror.mirror.transfer import Transfer
 from nbdmirror.mirror.trouble import Action, CopyFailed, Trouble
 from nbdmirror.mirror.zero_map import ZeroMap
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from nbdmirror.devices.base import BlockDevice
     from nbdmirror.devices.tracked import TrackedDevice
@@ -43,12 +49,10 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
-# Longer than any drain; what is left to be copied then is bounded, and the end can be cancelled.
-_UNBOUNDED: Final = 1e9
-
 
 class MirrorJob(Job):
-    """Mirrors `source` to `target`; `pivot` is called, drained, when the job was told to complete and has."""
+    """Mirrors `source` to `target`. `pivot` is called, drained, when the job was told to complete and has; `seal` where it was
+    told to complete in place."""
 
     kind: ClassVar[str] = "mirror"
 
@@ -60,6 +64,7 @@ class MirrorJob(Job):
         emit: Emit,
         *,
         pivot: Callable[[], None],
+        seal: Callable[[], None],
         options: MirrorOptions,
         record: Record | None = None,
         speed: int = 0,
@@ -84,10 +89,18 @@ class MirrorJob(Job):
         self._active = ActiveWrites(self, self.state, self._recorder, self._copier, self._settled, self._fail)
         self.copy_mode = options.copy_mode
         self._flusher = Flusher(self, self.state, target, record, self._fail, is_wanted=options.flush)
+        self._convergence = Convergence(self, source, self.state, self._transfer, self.counters)
+        self._final = Ending(
+            self, self.state, self._transfer, self._flusher, self._convergence, self.counters, self._trouble, self._fail
+        )
         self._pivot = pivot
-        self._ending: Literal["", "complete", "cancel"] = ""
+        self._seal = seal
+        self._ending: Literal["", "complete", "in place", "cancel"] = ""
         self._waiting_for_write = False
-        self._has_ended = False
+        self._phase: Literal["prepare", "copy", "follow", "finish"] = "prepare"
+        self._rates = Rates()
+        # Whether writes may be carried over: what the target holds is known, and the job goes on.
+        self._is_under_way = False
         self._target_answers = True
         self._has_handed_over = False
 
@@ -101,22 +114,26 @@ class MirrorJob(Job):
         super().start()
         if self.copy_mode is CopyMode.WRITE_BLOCKING:
             self.source.guard(self._active)
-        self._steer()
 
     async def run(self) -> None:
         """See Job."""
         try:
             self.options.check_sizes(self.source.size, self.target.size)
             await self._prepare()
+            self._is_under_way = True
+            self._steer()
+            self._phase = "copy"
             await self._converge()
+            self._phase = "follow"
             self._become_ready()
             await self._stay_in_step()
-            while not await self._finish():
-                await self._transfer.rest()
+            self._phase = "finish"
+            await self._final.reach(self.options.pending_seconds, self._hand_over)
+            self.succeed()
         except CopyFailed as failure:
             raise failure.cause from None
         finally:
-            self._has_ended = True
+            self._is_under_way = False
             self._steer()
             await self.quiesce()  # until then what is copied and written still counts
             await self._let_go()
@@ -149,43 +166,12 @@ class MirrorJob(Job):
                 _log.info("job '%s': the target does not tell its extents (%s); zeroes are written everywhere", self.id, error)
 
     async def _converge(self) -> None:
-        """Copy, pass after pass, until there is a moment at which nothing is left; and flush."""
+        """Copy until there is a moment at which nothing is left; and flush."""
         while True:
-            await self._catch_up()
+            await self._convergence.catch_up()
             if await self._flusher.flush():
                 return
             await self._transfer.rest()
-
-    async def _catch_up(self) -> None:
-        left = self.state.remaining_bytes
-        while True:
-            started, before = time.monotonic(), self.counters.offset
-            if not await self._transfer.sweep(left):
-                await self.nap(pace.RELEASE_SECONDS)  # all that is dirty is being written just now
-            if self.state.is_synced:
-                return
-            rate = (self.counters.offset - before) / max(time.monotonic() - started, 1e-6)
-            was_left, left = left, self.state.remaining_bytes
-            worth_it = not self.speed and left > was_left * pace.SHRINKING and left <= rate * pace.CLOSE_IN_SECONDS
-            if worth_it and await self._close_in():
-                return
-
-    async def _close_in(self) -> bool:
-        """Hold the guest's writes for short turns. True once nothing is left, False if the turns get nowhere."""
-        left = self.state.remaining_bytes
-        for turn in range(pace.CLOSE_IN_TURNS):
-            async with self._guest_held():
-                await self._transfer.sweep_held(time.monotonic() + pace.HOLD_SECONDS, grace=pace.HOLD_SECONDS)
-                if self.state.is_synced:
-                    return True
-            if self._transfer.is_to_rest():
-                return False
-            await self.nap(pace.RELEASE_SECONDS)
-            if turn % pace.CLOSE_IN_CHECK == pace.CLOSE_IN_CHECK - 1:
-                was_left, left = left, self.state.remaining_bytes
-                if left > was_left * pace.CLOSING_IN:
-                    return False
-        return False
 
     async def _stay_in_step(self) -> None:
         """READY: copy what is written, until told to end."""
@@ -209,49 +195,18 @@ class MirrorJob(Job):
             await self.woken()
         self._waiting_for_write = False
 
-    async def _finish(self) -> bool:
-        """Drain the source, copy what is left, flush; then pivot, or leave the copy as it is.
-
-        False where there is something to wait for, a pause or a disk that failed: the guest goes on then, and all of this
-        is done again afterwards.
-        """
-        await self._shrink()
-        async with self._guest_held():
-            await self._transfer.sweep_held(time.monotonic() + _UNBOUNDED, 0)
-            if not self.state.is_synced or not await self._flusher.flush() or self._transfer.is_to_rest():
-                return False
-            self.cancel_point()
-            self._trouble.is_final()
-            await self.conclude()
-            self._hand_over()
-        self.succeed()
-        return True
-
     def _hand_over(self) -> None:
         """Source and target are the same, and stay so until this is done."""
-        if self._ending == "complete":
-            self._pivot()
+        match self._ending:
+            case "complete":
+                self._pivot()
+            case "in place":
+                self._seal()
         self._stop_listening()
         if self.record is not None:
             self.record.succeeded(self.state)
             self.record.give_back()
         self._has_handed_over = True
-
-    async def _shrink(self) -> None:
-        """Before draining: passes for as long as they make what is left smaller, so that the drain is short."""
-        left = self.state.remaining_bytes
-        while left > pace.SMALL:
-            await self._transfer.sweep(left)
-            was_left, left = left, self.state.remaining_bytes
-            if left > was_left * pace.SHRINKING:
-                return
-
-    @asynccontextmanager
-    async def _guest_held(self) -> AsyncIterator[None]:
-        """Inside, the source is drained. A source that does not finish its writes can't keep the job from being cancelled."""
-        async with AsyncExitStack() as stack:
-            await self.unless_cancelled(stack.enter_async_context(self.source.drained()))
-            yield
 
     def _note_sync(self) -> None:
         """Everything has been made up for: from here on nothing is missed that is carried over."""
@@ -262,7 +217,8 @@ class MirrorJob(Job):
         """Carry writes over, or only mark them: whatever the target can be trusted with just now."""
         self._recorder.lines_up = (
             self.copy_mode is CopyMode.WRITE_BLOCKING
-            and not (self._pause_wanted or self._cancel_wanted or self._has_ended)
+            and self._is_under_way
+            and not (self._pause_wanted or self._cancel_wanted)
             and self._trouble.is_over(time.monotonic())
         )
 
@@ -272,6 +228,7 @@ class MirrorJob(Job):
         self._trouble.succeeds()
         self._steer()
         self._flusher.settled(length)
+        self._rates.note(time.monotonic(), *self.progress)
 
     def _fail(self, failure: CopyFailed) -> None:
         """Something could not be copied, and is dirty again: do as the policy says."""
@@ -305,10 +262,17 @@ class MirrorJob(Job):
 
     def complete(self) -> None:
         """Hand over: drain, copy the rest, flush, pivot."""
+        self._complete("complete")
+
+    def complete_in_place(self) -> None:
+        """The same without pivot: the source takes no more writes, and both disks stay the same."""
+        self._complete("in place")
+
+    def _complete(self, how: Literal["complete", "in place"]) -> None:
         check_verb(self.id, self.status, JobVerb.COMPLETE)
-        if self._ending == "cancel":
+        if self._ending not in ("", how):
             raise StateError(f"The active block job '{self.id}' cannot be completed")
-        self._ending = "complete"
+        self._ending = how
         self.wake()
 
     def cancel_gently(self) -> None:
@@ -379,6 +343,13 @@ class MirrorJob(Job):
         return self._trouble.io_status
 
     def statistics(self) -> dict[str, Any]:
-        """Counters in bytes, for people and scripts."""
-        now = {"x-dirty-bytes": self.state.dirty.dirty_bytes, "x-in-flight": self._transfer.in_flight}
-        return {**self.counters.statistics(), **now, **self._trouble.statistics()}
+        """Counters in bytes, and how it goes on, for people and scripts."""
+        return {
+            "x-phase": self._phase,
+            "x-converges": not self._convergence.is_stuck,
+            **self.counters.statistics(),
+            "x-dirty-bytes": self.state.dirty.dirty_bytes,
+            "x-in-flight": self._transfer.in_flight,
+            **self._rates.statistics(time.monotonic(), *self.progress),
+            **self._trouble.statistics(),
+        }

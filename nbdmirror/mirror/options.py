@@ -27,11 +27,13 @@ class CopyMode(StrEnum):
 class MirrorOptions:
     """How to mirror. `granularity` in bytes; `sync` says what is dirty at the start.
 
-    Without `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
+    `pending_seconds` is how long a job that waits to be finalized holds the guest, None for as long as it takes. Without
+    `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
     """
 
     sync: Literal["full", "none"] = "full"
     granularity: int = DEFAULT_GRANULARITY
+    pending_seconds: float | None = None
     copy_mode: CopyMode = CopyMode.BACKGROUND
     target_is_zero: bool = False
     flush: bool = True

@@ -29,3 +29,5 @@ CLOSE_IN_CHECK: Final = 5
 CLOSING_IN: Final = 0.9
 # How long a guest's write waits for a disk that does not answer: a third of the 30 s after which guests give up a disk.
 PATIENCE_SECONDS: Final = 10.0
+# And how long it goes on, where it was held for so long in vain.
+LET_GO_SECONDS: Final = 1.0

@@ -116,7 +116,7 @@ class HeldDisk(GatedDevice):
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the job leaves to time passes at once; it asks for block status however short a run is, and holds no guest back."""
-    for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
+    for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "LET_GO_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
         monkeypatch.setattr(pace, name, value)
     monkeypatch.setattr(transfer, "_WORTH_ASKING", 0)
     monkeypatch.setattr(quiet, "_ABANDON_SECONDS", 0.01)
@@ -150,6 +150,7 @@ class Rig:
         on_source_error: OnError = OnError.REPORT,
         on_target_error: OnError = OnError.REPORT,
         copy_mode: CopyMode = CopyMode.BACKGROUND,
+        pending_seconds: float | None = None,
         keep: Keep | None = None,
         marked: Iterable[int] = (),
     ) -> None:
@@ -165,7 +166,7 @@ class Rig:
         for chunk in marked:
             self.bitmap.bits.add_chunks(chunk, chunk + 1)
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.pivots = 0
+        self.pivots = self.seals = 0
         self.ended = False
         self._changed = asyncio.Event()
         self.job = MirrorJob(
@@ -174,12 +175,14 @@ class Rig:
             TrackedDevice(self.target),
             self.emit,
             pivot=self.pivot,
+            seal=self.seal,
             options=MirrorOptions(
                 sync=sync,
                 granularity=granularity,
                 target_is_zero=target_is_zero,
                 flush=flush,
                 copy_mode=copy_mode,
+                pending_seconds=pending_seconds,
                 on_source_error=on_source_error,
                 on_target_error=on_target_error,
                 copy=CopyOptions(request_size=request_size, requests=requests),
@@ -204,6 +207,10 @@ class Rig:
         self.pivots += 1
         self.device.replace_below(self.target)
         self.device.forget(self.bitmaps)
+
+    def seal(self) -> None:
+        assert self.device.is_drained
+        self.seals += 1
 
     def _on_end(self, _job: object) -> None:
         self.ended = True

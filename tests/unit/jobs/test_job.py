@@ -44,7 +44,8 @@ class TinyJob(Job):
         self._become_ready()
         while not self.may_end:
             await self._step()
-        await self.conclude()
+        self.pend()
+        await self.finalized(None)
         self.succeed()
 
     async def _step(self) -> None:

@@ -278,7 +278,7 @@ async def test_many_overlapping_writes_do_not_wait_for_each_other_for_ever() -> 
 async def test_target_with_larger_blocks(kind: str, offset: int, length: int) -> None:
     rig = blocking()
     rig.target.with_blocks(1024)
-    rig.job = type(rig.job)("j", rig.device, rig.target, rig.emit, pivot=rig.pivot, options=rig.job.options)
+    rig.job = type(rig.job)("j", rig.device, rig.target, rig.emit, pivot=rig.pivot, seal=rig.seal, options=rig.job.options)
     await rig.ready()
     await settled()
     match kind:

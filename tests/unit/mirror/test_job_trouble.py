@@ -355,7 +355,7 @@ async def test_turn_that_ends_with_requests_in_flight_is_not_the_end(monkeypatch
     rig = Rig(data=FULL, holding_target={"pwrite"}, requests=16)
     rig.job.state.dirty.fill()
     async with asyncio.timeout(BOUND):
-        assert not await rig.job._close_in()
+        assert not await rig.job._convergence._close_in()
     assert len(rig.target.named("pwrite")) == 8, "all of it was begun"
     assert not rig.device.is_drained
     await rig.release()
