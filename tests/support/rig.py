@@ -21,7 +21,7 @@ from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
 from nbdmirror.mirror import flusher, pace, quiet, transfer
-from nbdmirror.mirror.copier import CopyOptions
+from nbdmirror.mirror.copier import DEFAULT_BUFFER, CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, MirrorOptions
 from nbdmirror.mirror.record import Keep, Record
@@ -142,6 +142,7 @@ class Rig:
         granularity: int = CHUNK,
         requests: int = 4,
         request_size: int = CHUNK,
+        buffer: int = DEFAULT_BUFFER,
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
@@ -185,7 +186,7 @@ class Rig:
                 pending_seconds=pending_seconds,
                 on_source_error=on_source_error,
                 on_target_error=on_target_error,
-                copy=CopyOptions(request_size=request_size, requests=requests),
+                copy=CopyOptions(request_size=request_size, requests=requests, buffer=buffer),
             ),
             record=None if keep is None else Record(self.bitmap, keep),
             speed=speed,
