@@ -25,6 +25,7 @@ from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
 from nbdmirror.commands.export import SERVED_EXPORT, ExportCommands
 from nbdmirror.commands.job import JobCommands
+from nbdmirror.commands.mirror import MirrorCommands
 from nbdmirror.commands.nbd_server import NbdServerCommands
 from nbdmirror.commands.object import ObjectCommands
 from nbdmirror.commands.transaction import TransactionCommands
@@ -122,7 +123,8 @@ class Daemon:
             exports,
             NbdServerCommands(inventory, exports),
             ObjectCommands(inventory),
-            JobCommands(inventory, emit),
+            JobCommands(inventory),
+            MirrorCommands(inventory, emit),
             ControlCommands(registry, self._stop.set),
         ):
             commands.register(registry)
@@ -229,7 +231,7 @@ class Daemon:
             if node.child is not None:
                 continue
             try:
-                if not node.is_read_only:
+                if not node.disk.capabilities.read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):
                         await node.disk.flush()
             except (DeviceError, TimeoutError) as error:
