@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +39,7 @@ from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener
 from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
+from nbdmirror.state import ExportedBitmaps, StateOptions, set_up_bitmaps
 
 _log: Final = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class ServeOptions:
     tls_psk: str | None = None
     allow_ip: tuple[str, ...] = ()
     allow_dn: tuple[str, ...] = ()
+    state: StateOptions = field(default_factory=StateOptions)
 
 
 async def serve(options: ServeOptions) -> int:
@@ -105,8 +107,14 @@ class Daemon:
         disk = await open_device(options.disk, read_only=options.read_only)
         stack.push_async_callback(self._close_nodes)
         node = inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
+        await disk.lock()
+        await set_up_bitmaps(stack, node, options.state)
         inventory.exports[options.export_name] = Export(
-            options.export_name, node.device, description=options.description, read_only=options.read_only
+            options.export_name,
+            node.device,
+            description=options.description,
+            read_only=options.read_only,
+            bitmaps=ExportedBitmaps(node, tuple(request.name for request in options.state.bitmaps)),
         )
         BlockCommands(inventory).register(self._registry)
         JobCommands(inventory, self._monitor.emit).register(self._registry)

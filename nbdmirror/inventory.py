@@ -49,11 +49,12 @@ class Node:
 
     def __post_init__(self) -> None:
         self.device = TrackedDevice(self.disk)
-        self.bitmaps = BitmapSet(self._writes_in_flight)
+        self.bitmaps = BitmapSet(self.writes_in_flight)
         self.device.observe(self.bitmaps)
 
-    def _writes_in_flight(self) -> Collection[tuple[int, int]]:
-        return self.device.writes_in_flight()  # of the filter that is above the disk now: a pivot gives it another
+    def writes_in_flight(self) -> Collection[tuple[int, int]]:
+        """Those of the filter that is above the disk now: a pivot gives it another."""
+        return self.device.writes_in_flight()
 
     def guard(self, guard: WriteGuard) -> None:
         """Let `guard` hold the writes to this disk, through whichever filter they come."""

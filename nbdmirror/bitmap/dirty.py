@@ -6,6 +6,7 @@ Rules:
 3. The number of dirty chunks is kept, not counted; a summary with one bit per BLOCK chunks keeps a search over a sparse
    bitmap short. A summary bit may be set over an empty block (it is cleared when a search finds that out), but is never
    clear over a dirty one.
+4. `grown` is set whenever a chunk is newly marked: who makes the bits durable clears it first, and sees later if there is more.
 """
 
 from __future__ import annotations
@@ -29,20 +30,25 @@ DIRTY: Final = 1
 
 
 class DirtyBitmap:
-    """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`."""
+    """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`.
 
-    __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "size")
+    `bits`, where given, are used in place: little-endian, and whole bytes, so up to seven more than there are chunks.
+    """
 
-    def __init__(self, size: int, granularity: int) -> None:
+    __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "grown", "size")
+
+    def __init__(self, size: int, granularity: int, bits: bitarray | None = None) -> None:
         if granularity < 512 or granularity & (granularity - 1):
             raise StateError("Granularity must be power of 2 and at least 512")
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self.chunks = (size + granularity - 1) >> self._shift
-        self.count = 0
-        self._bits = bitarray(self.chunks, endian="little")
+        self._bits = bitarray(self.chunks, endian="little") if bits is None else bits
+        self.count = self._bits.count()
+        self.grown = self.count > 0
         self._summary = bitarray((self.chunks + BLOCK - 1) >> _BLOCK_SHIFT, endian="little")
+        self._summary.setall(self.grown)
 
     # --- by bytes --------------------------------------------------------------------------------------------------
 
@@ -77,7 +83,7 @@ class DirtyBitmap:
     def dirty_bytes(self) -> int:
         """Bytes of the disk that are marked: a chunk that reaches past the end counts by what is on the disk."""
         total = self.count << self._shift
-        if self.chunks and self._bits[-1]:
+        if self.chunks and self._bits[self.chunks - 1]:
             total -= (self.chunks << self._shift) - self.size
         return total
 
@@ -110,8 +116,13 @@ class DirtyBitmap:
                 bits[first] = 1
                 self._summary[first >> _BLOCK_SHIFT] = 1
                 self.count += 1
+                self.grown = True
         elif end > first:
-            self.count += end - first - bits.count(1, first, end)
+            new = end - first - bits.count(1, first, end)
+            if not new:
+                return
+            self.count += new
+            self.grown = True
             bits[first:end] = 1
             self._summary[first >> _BLOCK_SHIFT : (end - 1 >> _BLOCK_SHIFT) + 1] = 1
 
@@ -127,7 +138,7 @@ class DirtyBitmap:
 
     def mask_clean(self, bits: bitarray) -> None:
         """Clear in `bits`, one per chunk, what is dirty here."""
-        bits &= ~self._bits
+        bits &= ~self._bits[: self.chunks]
 
     def next_run(self, start: int, limit: int | None = None) -> tuple[int, int] | None:
         """The first dirty run `[first, end)` with start <= first < limit, cut at `limit`; None when there is none."""

@@ -4,8 +4,9 @@ Rules (QEMU's, bitmaps of the block layer):
 1. A bitmap that records has every write since it began to: it is marked when the write begins, before the disk changes.
 2. A write that is in flight when a bitmap starts to record, or is cleared, counts as one that comes after: it is marked again.
 3. What is busy is changed and removed by nobody but its users; what is read-only or inconsistent is not changed. Reads and
-   exports of what is inconsistent are refused, too; it can only be removed, or be taken as all dirty.
+   exports of what is inconsistent are refused, too; it can only be removed, or cleared: then it goes on as it was meant to.
 4. Checked is in the order busy, read-only, inconsistent.
+5. Who keeps a persistent bitmap hears, through `on_change`, of every change but those of its bits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_NAME: Final = 1023
 class NamedBitmap:
     """`bits` with a name. `recording` says whether writes mark it; `users` who holds it busy, a word each."""
 
-    __slots__ = ("bits", "inconsistent", "name", "persistent", "read_only", "recording", "users")
+    __slots__ = ("_recording", "bits", "inconsistent", "name", "on_change", "persistent", "read_only", "users")
 
     def __init__(
         self,
@@ -43,11 +44,21 @@ class NamedBitmap:
             raise StateError(f"Bitmap name too long: {name}")
         self.name = name
         self.bits = bits
-        self.recording = recording and not inconsistent
+        self._recording = recording
         self.persistent = persistent
         self.inconsistent = inconsistent
         self.read_only = read_only
         self.users: list[str] = []
+        self.on_change: Callable[[], None] = _nobody_hears
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes mark it now."""
+        return self._recording and not self.inconsistent
+
+    @recording.setter
+    def recording(self, recording: bool) -> None:
+        self._recording = recording
 
     @property
     def busy(self) -> bool:
@@ -55,7 +66,7 @@ class NamedBitmap:
         return bool(self.users)
 
     def check_removable(self) -> None:
-        """Raises StateError where it is busy or read-only."""
+        """Raises StateError where it is busy or read-only: for what does not care for the bits, to clear them or remove it."""
         self._check_idle()
         self._check_writable()
 
@@ -84,6 +95,10 @@ class NamedBitmap:
 
     def __repr__(self) -> str:
         return f"<NamedBitmap {self.name!r} {self.bits!r}{' recording' if self.recording else ''}>"
+
+
+def _nobody_hears() -> None:
+    pass
 
 
 class BitmapSet:
@@ -129,11 +144,13 @@ class BitmapSet:
         self._changed(bitmap)
 
     def clear(self, bitmap: NamedBitmap) -> None:
-        """Unmark everything, but for what is being written just now if it records."""
+        """Unmark everything, but for what is being written just now if it records. Makes it consistent."""
         bitmap.bits.clear()
-        self._mark_in_flight(bitmap)
+        bitmap.inconsistent = False
+        self._changed(bitmap)
 
     def _changed(self, bitmap: NamedBitmap) -> None:
+        bitmap.on_change()
         self._recording = tuple(each.bits for each in self._bitmaps.values() if each.recording)
         self._mark_in_flight(bitmap)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 import uvloop
 
+from nbdmirror.cli.bitmap_options import state_options
 from nbdmirror.daemon import ServeOptions
 from nbdmirror.daemon import serve as run_daemon
 from nbdmirror.devices.uri import DEFAULT_PORT
 from nbdmirror.protocol.constants import TlsMode
+
+if TYPE_CHECKING:
+    from nbdmirror.state import StateOptions
 
 
 @click.command("serve", short_help="Export a disk and track its writes.")
@@ -37,6 +41,7 @@ from nbdmirror.protocol.constants import TlsMode
 )
 @click.option("--node-name", default="source", show_default=True, help="The disk's name in the control language.")
 @click.option("--qmp", "qmp_paths", multiple=True, metavar="PATH", help="A control socket (QMP); repeatable.")
+@state_options
 @click.option("--run", metavar="COMMAND", help="Run COMMAND with $uri and $qmp set; stop when it ends, with its status.")
 @click.option("--ready-fd", type=click.IntRange(0), metavar="N", help="Write a line READY URI to this file descriptor, too.")
 @click.option("--pid-file", metavar="PATH", help="Write the process id there once listening.")
@@ -62,6 +67,7 @@ def serve(
     run: str | None,
     ready_fd: int | None,
     pid_file: str | None,
+    state: StateOptions,
 ) -> int:
     """Export DISK (a raw file, a block device or an NBD URI) and track its writes.
 
@@ -96,6 +102,7 @@ def serve(
         tls_psk=tls_psk,
         allow_ip=allow_ip,
         allow_dn=allow_dn,
+        state=state,
     )
     return uvloop.run(run_daemon(options))
 

@@ -23,6 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.devices.base import BlockDevice, Limits
+from nbdmirror.devices.identity import identity_of_export
 from nbdmirror.devices.nbd_connection import CONNECT_TIMEOUT, NbdConnection
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import HOLE, ZERO, ExtentList
@@ -172,6 +173,10 @@ class NbdDevice(BlockDevice):
                 break
             extents.add(size, flags & (HOLE | ZERO))
         return extents if len(extents) else ExtentList.all_data(offset, length)
+
+    def identity(self) -> str:
+        """See BlockDevice."""
+        return identity_of_export(self.name)
 
     async def aclose(self) -> None:
         """Say goodbye on every connection, for a bounded time."""
