@@ -109,7 +109,7 @@ class IntentGuard:
 
     async def settle(self) -> None:
         """Make everything about the bitmap durable, and put on record what is in flight just now; raises DeviceError."""
-        for offset, length in list(self._in_flight()):
+        for offset, length in list(self._in_flight()) if self._bitmap.recording else ():
             await self._put_on_record(offset, length)
         await self._store.settle()
 

@@ -90,10 +90,6 @@ class MappedFile:
             return True
         return False
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Into the page cache."""
-        os.pwrite(self._fd, data, offset)
-
     async def write_through(self, offset: int, data: bytes) -> None:
         """Durable when it returns."""
         task = asyncio.ensure_future(self._in_order(offset, data))

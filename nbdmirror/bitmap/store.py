@@ -7,8 +7,10 @@
 3. An inconsistent bitmap's file is not touched, so it stays inconsistent for whoever comes next, until it is cleared.
 4. `sync` returns when every mark made before it was called is durable. Callers that come while one is under way share the
    next one, and none at all is made where nothing was marked. After a failure the file says `unsure` until one succeeds.
-5. The orderly end: the bits durable, then no region on record, then the state with the checksum of the bits.
-6. A failure is a DeviceError, with ENOSPC where there is no room and EIO for anything else.
+5. The state is written by `write_through` alone, one call after the other: nothing of it is being written back when it changes,
+   so what the disk takes is never half of it. A change that nobody waits for is written soon.
+6. The orderly end: the bits durable, then no region on record, then the state with the checksum of the bits.
+7. A failure is a DeviceError, with ENOSPC where there is no room and EIO for anything else.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import asyncio
 import errno
 import logging
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
@@ -43,9 +45,6 @@ class Backing(Protocol):
 
     path: Path
     content: memoryview
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Into the page cache."""
 
     async def write_through(self, offset: int, data: bytes) -> None:
         """Durable when it returns."""
@@ -110,6 +109,7 @@ class BitmapStore:
         self._lock = asyncio.Lock()
         self._started = False
         self._trouble = ""
+        self._putting: asyncio.Task[None] | None = None
         bitmap.on_change = self._changed
 
     async def start(self) -> None:
@@ -128,19 +128,23 @@ class BitmapStore:
         self._started = True
 
     def _changed(self) -> None:
-        """It was cleared, or is to record or not: for whoever comes after this process. `settle` makes it durable."""
+        """It was cleared, or is to record or not. `settle` waits until the file has that."""
         if self.bitmap.inconsistent:
             return
-        if not self._started:
+        was_started = self._started
+        if not was_started:
             self._use()
-        self._write_state(replace(self._state, recording=self.bitmap.recording))
+        if not was_started or self._state.recording != self.bitmap.recording:
+            self._put_soon(replace(self._state, recording=self.bitmap.recording))
 
-    def _write_state(self, state: State) -> None:
+    def _put_soon(self, state: State) -> None:
         self._state = state
-        try:
-            self.file.write(STATE_OFFSET, state.encode())
-        except OSError as error:
-            self.failure(error)
+        if self._putting is None or self._putting.done():
+            self._putting = asyncio.ensure_future(self._put_quietly())
+
+    async def _put_quietly(self) -> None:
+        with suppress(DeviceError):  # logged
+            await self._put_state()
 
     # --- durability ------------------------------------------------------------------------------------------------
 
@@ -178,10 +182,11 @@ class BitmapStore:
             bits.grown = True
             if isinstance(error, OSError):
                 self.file.distrust()
-                self._write_state(replace(self._state, unsure=True))
+                if not self._state.unsure:
+                    self._put_soon(replace(self._state, unsure=True))
             raise
-        if self._state.unsure:
-            self._write_state(replace(self._state, unsure=False))
+        if self._started and self._state.unsure:
+            self._put_soon(replace(self._state, unsure=False))
 
     async def close(self) -> None:
         """The orderly end: nothing marks it any more. Raises DeviceError, and the file stays in use."""
@@ -189,6 +194,8 @@ class BitmapStore:
             return
         with self._failing():
             await self._sync_bits()
+            if self._putting is not None:
+                await self._putting
             await self.write_regions(0, bytes(self.head.regions_length))
             place = self.file.content[self.head.bits_offset : self.head.bits_offset + self.head.bits_length]
             self._state = replace(self._state, in_use=False, bits_crc=zlib.crc32(place))
@@ -200,10 +207,11 @@ class BitmapStore:
             yield
         except OSError as error:
             raise self.failure(error) from None
-        self._trouble = ""
+        if not self._state.unsure:
+            self._trouble = ""
 
     def failure(self, error: OSError) -> DeviceError:
-        """As the disk's users hear of it (rule 6); the log has the first of a row."""
+        """As the disk's users hear of it (rule 7); the log has the first of a row."""
         number = errno.ENOSPC if error.errno in _NO_ROOM else errno.EIO
         failure = DeviceError(number, f"cannot record in {self}")
         if str(failure) != self._trouble:

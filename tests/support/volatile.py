@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdmirror.bitmap.image import PAGE
 from nbdmirror.devices.base import BlockDevice, Capabilities, Limits
 from nbdmirror.errors import DeviceError
+from nbdmirror.protocol.constants import FUA
 from tests.support.fakes import Held
 
 if TYPE_CHECKING:
     import random
+    from collections.abc import Callable
 
 
 class VolatileFile:
@@ -51,12 +54,12 @@ class VolatileFile:
         self.calls.append(held)
         return held
 
-    # --- Backing -----------------------------------------------------------------------------------------------------
-
-    def write(self, offset: int, data: bytes) -> None:
+    def _write(self, offset: int, data: bytes) -> None:
         self.look()
         self.content[offset : offset + len(data)] = data
         self.look()
+
+    # --- Backing -----------------------------------------------------------------------------------------------------
 
     async def write_through(self, offset: int, data: bytes) -> None:
         await asyncio.shield(asyncio.ensure_future(self._write_through(offset, data)))
@@ -68,7 +71,7 @@ class VolatileFile:
             held = await self._hold("write_through", offset, len(data))
             early = self._chance.random() < 0.5
             if early:
-                self.write(offset, data)
+                self._write(offset, data)
             else:
                 self._late[held] = offset, data
             pages = range(offset // PAGE, -(-(offset + len(data)) // PAGE))
@@ -79,7 +82,7 @@ class VolatileFile:
                 self._dirty -= set(pages)
                 raise
             if not early:
-                self.write(*self._late.pop(held))
+                self._write(*self._late.pop(held))
             for page in pages:
                 del self._versions[page][:-1]
                 self._dirty.discard(page)
@@ -121,7 +124,7 @@ class VolatileFile:
         """The same file for the next process: the calls under way are done in part, the page cache is as it was."""
         for offset, data in self._late.values():
             if self._chance.random() < 0.5:
-                self.write(offset, data)
+                self._write(offset, data)
         self.look()
         heir = VolatileFile(bytes(self._cache), self._chance)
         heir._versions, heir._dirty = self._versions, self._dirty
@@ -135,6 +138,10 @@ class VolatileFile:
 
 def broken() -> OSError:
     return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+# What has become durable on a StepDisk when the flush, or the write with FUA, is done that was called in this context.
+MADE_DURABLE: ContextVar[Callable[[], None]] = ContextVar("MADE_DURABLE", default=lambda: None)
 
 
 class StepDisk(BlockDevice):
@@ -157,6 +164,8 @@ class StepDisk(BlockDevice):
         held = Held(name, offset, length, flags)
         self.calls.append(held)
         await held.wait()
+        if name == "flush" or flags & FUA:
+            MADE_DURABLE.get()()
 
     async def pread(self, buffer: bytearray | memoryview, offset: int) -> None:
         raise NotImplementedError
