@@ -139,6 +139,7 @@ class Head:
     @classmethod
     def decode(cls, page: bytes) -> Head:
         """The reverse; raises ImageError."""
+        page = page[:PAGE]
         if len(page) < PAGE or not page.startswith(_MAGIC):
             raise ImageError("it is no bitmap of nbdmirror")
         _, version, granularity, size, region_size, uuid, name_length, identity_length = _HEAD.unpack_from(page)

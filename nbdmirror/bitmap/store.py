@@ -192,14 +192,16 @@ class BitmapStore:
         """The orderly end: nothing marks it any more. Raises DeviceError, and the file stays in use."""
         if self.bitmap.inconsistent:
             return
-        with self._failing():
-            await self._sync_bits()
+        try:
+            with self._failing():
+                await self._sync_bits()
+        finally:
             if self._putting is not None:
                 await self._putting
-            await self.write_regions(0, bytes(self.head.regions_length))
-            place = self.file.content[self.head.bits_offset : self.head.bits_offset + self.head.bits_length]
-            self._state = replace(self._state, in_use=False, bits_crc=zlib.crc32(place))
-            await self._put_state()
+        await self.write_regions(0, bytes(self.head.regions_length))
+        place = self.file.content[self.head.bits_offset : self.head.bits_offset + self.head.bits_length]
+        self._state = replace(self._state, in_use=False, bits_crc=zlib.crc32(place))
+        await self._put_state()
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

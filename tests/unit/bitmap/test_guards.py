@@ -328,8 +328,7 @@ async def test_end_that_fails_leaves_the_file_in_use() -> None:
     assert kept.node.device.pwrite_now(b"x", 0)
     closing = asyncio.create_task(kept.store.close())
     (await kept.next("sync")).fail(broken())
-    await failed(closing)
-    await kept.granting(settled())
+    await kept.granting(failed(closing))
     assert state_in(kept.file).worth(BOOT) is Worth.NOTHING
 
 
