@@ -51,21 +51,22 @@ def test_killed_at_random_times_under_load(mode: Sync, tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     chance, record = random.Random(seed), Record()
-    for number in range(KILLS or 3):
-        name = f"b{number // _ROUND}"
-        if number % _ROUND == 0:
-            record.forget_marks()
-        args = ["--state-dir", state, "-B", f"{name}:4k", "--bitmap-sync", mode.value]
-        with serving(disk, *args) as daemon:
-            check(record, disk, daemon.uri, name)
+    names = [f"b{number // _ROUND}" for number in range((KILLS or 3) + 1)]
+    args = ["--state-dir", state, "--bitmap-sync", mode.value]
+    for number, name in enumerate(names):
+        old = names[max(number - 1, 0)]
+        with serving(disk, *args, *(arg for each in {old, name} for arg in ("-B", f"{each}:4k"))) as daemon:
+            check(record, disk, daemon.uri, old)
+            if name != old:
+                record.forget_marks()
             killer = threading.Timer(chance.choice([0.005, 0.05, 0.3]) * chance.random(), daemon.process.kill)
             killer.start()
             Load(record, chance).run(daemon.unix, until=lambda: False)
             killer.join()
             daemon.process.wait(10)
     assert record.acked
-    with serving(disk, *args) as daemon:
-        check(record, disk, daemon.uri, name)
+    with serving(disk, *args, "-B", f"{names[-1]}:4k") as daemon:
+        check(record, disk, daemon.uri, names[-1])
         assert daemon.terminate() == 0
 
 
