@@ -5,10 +5,11 @@ The map, from the top; a package may import what stands below it, never above, a
     cli                  the command line: one file per noun
     daemon               the composition root of `serve`: builds everything, signals, shutdown order
     commands             QMP verbs: look up, call one method, shape the answer
+    state                the state directory: which bitmaps outlive the daemon, and of which disks
     inventory            nodes, exports and jobs by name
     mirror server qmp    the mirror job; the NBD server; a QMP server that knows nothing of disks
     jobs devices         job status machine; block devices: file, memory, NBD, and the tracking filter
-    bitmap protocol      dirty bitmaps and the rules of a copy; the NBD wire, without I/O
+    bitmap protocol      dirty bitmaps, their files and the rules of a copy; the NBD wire, without I/O
     extents sockets      what block status says of a range; sockets that are listened on
     units                sizes and rates
     errors               the exception tree

@@ -126,7 +126,11 @@ class BitmapStores:
 
     async def load_all(self, node: Node) -> None:
         """Load every bitmap of a disk; raises StateError where one can't be used (rule 1), and DeviceError."""
+        loaded = self._paths()
         paths = [path for path, head in self._files() if self._is_of(node, path, head)]
+        for path in paths:
+            if path in loaded:
+                raise StateError(f"'{path}' is in use already, for another node of the same disk")
         if node.is_read_only:
             for bitmap in [await asyncio.to_thread(self._look_at, path) for path in paths]:
                 node.bitmaps.add(bitmap)
@@ -151,11 +155,14 @@ class BitmapStores:
                     raise ImageError(f"it has {length} bytes instead of {head.file_length}")
             yield path, head
 
-    @staticmethod
-    def _is_of(node: Node, path: Path, head: Head) -> bool:
+    def _paths(self) -> set[Path]:
+        return {kept.store.file.path for kept in self._kept.values()}
+
+    def _is_of(self, node: Node, path: Path, head: Head) -> bool:
         identity, size = node.disk.identity(), node.disk.size
         if head.identity != identity:
-            _log.info("'%s' is not of '%s' (%s): it is of another disk (%s)", path, node.disk.name, identity, head.identity)
+            if path not in self._paths():
+                _log.warning("'%s' is left alone: it is of another disk (%s)", path, head.identity)
             return False
         with _refusing(path):
             if head.size != size:
@@ -230,7 +237,7 @@ class BitmapStores:
         return BitmapStore(file, head, state, bitmap, sync_mode=self._options.sync, boot_id=self._boot_id)
 
     def _check_stranger(self, name: str) -> None:
-        loaded = {kept.store.file.path for kept in self._kept.values()}
+        loaded = self._paths()
         for path, head in self._files():
             if head.name == name and path not in loaded:
                 raise StateError(
@@ -266,30 +273,41 @@ class BitmapStores:
         if kept is not None:
             await (kept.guard or kept.store).settle()
 
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    async def release(self, node: Node) -> None:
+        """Store the bitmaps of a disk that is about to be closed, after its last write; raises the first DeviceError."""
+        failures = [await self._close(kept) for kept in list(self._kept.values()) if kept.node is node]
+        for failure in filter(None, failures):
+            raise failure
+
+    async def aclose(self) -> None:
+        """Store everything, after the last write, and let others in; raises the first DeviceError, when all has been tried."""
+        failures = [await self._close(kept) for kept in list(self._kept.values())]
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+        for failure in filter(None, failures):
+            raise failure
+
+    async def _close(self, kept: _Kept) -> DeviceError | None:
+        del self._kept[kept.store.bitmap]
+        try:
+            if kept.guard is not None:
+                await kept.guard.aclose()
+            await kept.store.close()
+        except DeviceError as error:
+            return error
+        finally:
+            await self._let_go(kept)
+        return None
+
     @staticmethod
     async def _let_go(kept: _Kept) -> None:
         if kept.guard is not None:
             kept.node.unguard(kept.guard)
             await kept.guard.aclose()
         kept.store.file.close()
-
-    async def aclose(self) -> None:
-        """Store everything, after the last write; raises the first DeviceError, when all has been tried."""
-        failed: DeviceError | None = None
-        while self._kept:
-            _, kept = self._kept.popitem()
-            if kept.guard is not None:
-                await kept.guard.aclose()
-            try:
-                await kept.store.close()
-            except DeviceError as error:
-                failed = failed or error
-            await self._let_go(kept)
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-        if failed is not None:
-            raise failed
 
 
 class ExportedBitmaps(Mapping[str, DirtyBitmap]):

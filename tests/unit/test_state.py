@@ -139,6 +139,25 @@ async def test_removed_bitmap_is_gone(disk: Path, state: Path) -> None:
     assert len(files(state)) == 2
 
 
+async def test_disk_that_is_closed_takes_its_bitmaps_along(disk: Path, state: Path) -> None:
+    async with served(disk, state, sync=Sync.INTENT) as node:
+        stores = stores_of(node)
+        for number in range(2):
+            again = Node("again", "file", FileDevice.open(disk))
+            await stores.load_all(again)
+            assert len(list(again.bitmaps)) == number
+            if number == 0:
+                await stores.create(again, "a")
+                await again.device.pwrite(b"x", 0)
+                twice = Node("twice", "file", FileDevice.open(disk))
+                with pytest.raises(StateError, match="for another node of the same disk"):
+                    await stores.load_all(twice)
+                await twice.disk.aclose()
+            assert runs(again, "a") == [(0, 1)]
+            await stores.release(again)
+            await again.disk.aclose()
+
+
 async def test_bitmap_joins_while_nothing_is_in_flight(disk: Path, state: Path) -> None:
     async with served(disk, state, sync=Sync.INTENT) as node:
         async with node.device.drained():
