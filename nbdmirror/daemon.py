@@ -32,7 +32,7 @@ from nbdmirror.commands.transaction import TransactionCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
-from nbdmirror.inventory import Inventory, LiveBitmaps, Node, NoKeeper
+from nbdmirror.inventory import Inventory, LiveBitmaps, Node
 from nbdmirror.launch import check_writable, pid_file, tell_background, write_line
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
@@ -41,6 +41,7 @@ from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener, allow_many_files
 from nbdmirror.server.nbd_server import BlockExport
 from nbdmirror.serving import access_of, check_exposure, check_names, server_sockets, tls_of
+from nbdmirror.state import set_up_bitmaps
 
 if TYPE_CHECKING:
     from nbdmirror.devices.uri import NbdEndpoint
@@ -89,6 +90,9 @@ class Daemon:
         stack.push_async_callback(self._close_nodes)
         self._watch(stack)  # before there is anything that a signal could leave behind
         node = inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
+        await disk.lock()
+        stores = await set_up_bitmaps(stack, node, options.state)
+        inventory.keeper = stores or inventory.keeper
         export = Export(
             options.export_name,
             node.device,
@@ -114,7 +118,7 @@ class Daemon:
 
     def _register_commands(self) -> ExportCommands:
         registry, inventory, emit = self._registry, self._inventory, self._monitor.emit
-        actions = BitmapActions(inventory, NoKeeper())
+        actions = BitmapActions(inventory)
         exports = ExportCommands(inventory, emit)
         for commands in (
             BlockCommands(inventory),

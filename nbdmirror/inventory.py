@@ -61,11 +61,12 @@ class Node:
 
     def __post_init__(self) -> None:
         self.device = TrackedDevice(self.disk)
-        self.bitmaps = BitmapSet(self._writes_in_flight)
+        self.bitmaps = BitmapSet(self.writes_in_flight)
         self.device.observe(self.bitmaps)
 
-    def _writes_in_flight(self) -> Collection[tuple[int, int]]:
-        return self.device.writes_in_flight()  # of the filter that is above the disk now: a pivot gives it another
+    def writes_in_flight(self) -> Collection[tuple[int, int]]:
+        """Those of the filter that is above the disk now: a pivot gives it another."""
+        return self.device.writes_in_flight()
 
     def guard(self, guard: WriteGuard) -> None:
         """Let `guard` hold the writes to this disk, through whichever filter they come."""
@@ -95,6 +96,12 @@ class BitmapKeeper(Protocol):
     async def settle(self, bitmap: NamedBitmap) -> None:
         """See to it that what was done to a bitmap lasts; raises NbdMirrorError. Nothing, for one that is not kept."""
 
+    async def load_all(self, node: Node) -> None:
+        """Enter the bitmaps that are kept of a disk; raises NbdMirrorError where one can't be used."""
+
+    async def release(self, node: Node) -> None:
+        """Store the bitmaps of a node that is about to be closed, and let go of them; raises NbdMirrorError."""
+
 
 class NoKeeper:
     """A BitmapKeeper that has no place to keep anything."""
@@ -108,6 +115,12 @@ class NoKeeper:
         """See BitmapKeeper."""
 
     async def settle(self, bitmap: NamedBitmap) -> None:
+        """See BitmapKeeper."""
+
+    async def load_all(self, node: Node) -> None:
+        """See BitmapKeeper."""
+
+    async def release(self, node: Node) -> None:
         """See BitmapKeeper."""
 
 
@@ -143,6 +156,7 @@ class Inventory:
         self.jobs: dict[str, Job] = {}
         self.history: deque[Job] = deque(maxlen=_HISTORY)
         self.own_uris: set[str] = set()
+        self.keeper: BitmapKeeper = NoKeeper()
         self._implicit_names = 0
 
     # --- nodes -----------------------------------------------------------------------------------------------------
@@ -226,10 +240,13 @@ class Inventory:
         if any(bitmap.busy for bitmap in node.bitmaps):
             raise StateError(f"Node {name} is in use")
         del self.nodes[name]
-        if node.child is None:
-            await node.disk.aclose()
-        else:
-            node.child.users.discard(UNDER_A_NODE)
+        try:
+            await self.keeper.release(node)
+        finally:
+            if node.child is None:
+                await node.disk.aclose()
+            else:
+                node.child.users.discard(UNDER_A_NODE)
 
     def pivot(self, source: Node, target: Node) -> None:
         """Let every user of the source go on with the target's disk. The source must be drained."""

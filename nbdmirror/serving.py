@@ -17,6 +17,7 @@ from nbdmirror.protocol.constants import MAX_STRING, TlsMode
 from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
 from nbdmirror.sockets import listen_tcp, listen_unix, listen_vsock
+from nbdmirror.state import StateOptions
 from nbdmirror.systemd import Activated
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class ServeOptions:
     tls_psk: str | None = None
     allow_ip: tuple[str, ...] = ()
     allow_dn: tuple[str, ...] = ()
+    state: StateOptions = field(default_factory=StateOptions)
 
     @property
     def is_tcp(self) -> bool:

@@ -6,6 +6,7 @@ Rules:
 3. The number of dirty chunks is kept, not counted; a summary with one bit per BLOCK chunks keeps a search over a sparse
    bitmap short. A summary bit may be set over an empty block (it is cleared when a search finds that out), but is never
    clear over a dirty one.
+4. `grown` is set whenever a chunk is newly marked: who makes the bits durable clears it first, and sees later if there is more.
 """
 
 from __future__ import annotations
@@ -36,19 +37,24 @@ def check_granularity(granularity: int) -> None:
 
 
 class DirtyBitmap:
-    """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`."""
+    """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`.
 
-    __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "size")
+    `bits`, where given, are used in place: little-endian, and whole bytes, so up to seven more than there are chunks.
+    """
 
-    def __init__(self, size: int, granularity: int) -> None:
+    __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "grown", "size")
+
+    def __init__(self, size: int, granularity: int, bits: bitarray | None = None) -> None:
         check_granularity(granularity)
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self.chunks = (size + granularity - 1) >> self._shift
-        self.count = 0
-        self._bits = bitarray(self.chunks, endian="little")
+        self._bits = bitarray(self.chunks, endian="little") if bits is None else bits
+        self.count = self._bits.count()
+        self.grown = self.count > 0
         self._summary = bitarray((self.chunks + BLOCK - 1) >> _BLOCK_SHIFT, endian="little")
+        self._summary.setall(self.grown)
 
     # --- by bytes --------------------------------------------------------------------------------------------------
 
@@ -83,7 +89,7 @@ class DirtyBitmap:
     def dirty_bytes(self) -> int:
         """Bytes of the disk that are marked: a chunk that reaches past the end counts by what is on the disk."""
         total = self.count << self._shift
-        if self.chunks and self._bits[-1]:
+        if self.chunks and self._bits[self.chunks - 1]:
             total -= (self.chunks << self._shift) - self.size
         return total
 
@@ -116,8 +122,13 @@ class DirtyBitmap:
                 bits[first] = 1
                 self._summary[first >> _BLOCK_SHIFT] = 1
                 self.count += 1
+                self.grown = True
         elif end > first:
-            self.count += end - first - bits.count(1, first, end)
+            new = end - first - bits.count(1, first, end)
+            if not new:
+                return
+            self.count += new
+            self.grown = True
             bits[first:end] = 1
             self._summary[first >> _BLOCK_SHIFT : (end - 1 >> _BLOCK_SHIFT) + 1] = 1
 
@@ -185,6 +196,7 @@ class DirtyBitmap:
             return
         self._bits[: self.chunks] |= _coarsened(other._bits[: other.chunks], self._shift - other._shift)
         self.count = self._bits.count()
+        self.grown = True
         self._summary.setall(1)  # a search finds out where that is too much (rule 3)
 
     def snapshot(self) -> bitarray:
@@ -195,6 +207,7 @@ class DirtyBitmap:
         """Put a snapshot of this bitmap back."""
         self._bits[:] = bits
         self.count = bits.count()
+        self.grown = True
         self._summary.setall(1)
 
     def counts(self, parts: int) -> list[int]:

@@ -4,9 +4,10 @@ Rules (QEMU's, bitmaps of the block layer):
 1. A bitmap that records has every write since it began to: it is marked when the write begins, before the disk changes.
 2. A write that is in flight when a bitmap starts to record, or is cleared, counts as one that comes after: it is marked again.
 3. What is busy is changed and removed by nobody but its users; what is read-only or inconsistent is not changed. Reads and
-   exports of what is inconsistent are refused, too; it can only be removed, or be taken as all dirty.
+   exports of what is inconsistent are refused, too; it can only be removed, or cleared: then it goes on as it was meant to.
 4. Checked is in the order busy, read-only, inconsistent.
 5. The bits of a bitmap are one object for its whole life: who was given them (an export, a job) sees every change.
+6. Who keeps a persistent bitmap hears, through `on_change`, of every change but those of its bits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from nbdmirror.errors import StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from bitarray import bitarray
+
     from nbdmirror.bitmap.dirty import DirtyBitmap
 
 MAX_NAME: Final = 1023
@@ -26,7 +29,7 @@ MAX_NAME: Final = 1023
 class NamedBitmap:
     """`bits` with a name. `recording` says whether writes mark it; `users` who holds it busy, a word each."""
 
-    __slots__ = ("bits", "inconsistent", "name", "persistent", "read_only", "recording", "users")
+    __slots__ = ("_recording", "bits", "inconsistent", "name", "on_change", "persistent", "read_only", "users")
 
     def __init__(
         self,
@@ -44,11 +47,21 @@ class NamedBitmap:
             raise StateError(f"Bitmap name too long: {name}")
         self.name = name
         self.bits = bits
-        self.recording = recording and not inconsistent
+        self._recording = recording
         self.persistent = persistent
         self.inconsistent = inconsistent
         self.read_only = read_only
         self.users: list[str] = []
+        self.on_change: Callable[[], None] = _nobody_hears
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes mark it now."""
+        return self._recording and not self.inconsistent
+
+    @recording.setter
+    def recording(self, recording: bool) -> None:
+        self._recording = recording
 
     @property
     def busy(self) -> bool:
@@ -56,7 +69,7 @@ class NamedBitmap:
         return bool(self.users)
 
     def check_removable(self) -> None:
-        """Raises StateError where it is busy or read-only."""
+        """Raises StateError where it is busy or read-only: for what does not care for the bits, to clear them or remove it."""
         self._check_idle()
         self._check_writable()
 
@@ -85,6 +98,10 @@ class NamedBitmap:
 
     def __repr__(self) -> str:
         return f"<NamedBitmap {self.name!r} {self.bits!r}{' recording' if self.recording else ''}>"
+
+
+def _nobody_hears() -> None:
+    pass
 
 
 class BitmapSet:
@@ -143,11 +160,19 @@ class BitmapSet:
         self._changed(bitmap)
 
     def clear(self, bitmap: NamedBitmap) -> None:
-        """Unmark everything, but for what is being written just now if it records."""
+        """Unmark everything, but for what is being written just now if it records. Makes it consistent."""
         bitmap.bits.clear()
-        self._mark_in_flight(bitmap)
+        bitmap.inconsistent = False
+        self._changed(bitmap)
+
+    def restore(self, bitmap: NamedBitmap, bits: bitarray, *, inconsistent: bool) -> None:
+        """Undo a clearing: `bits` are a snapshot of it, and so was its state."""
+        bitmap.bits.restore(bits)
+        bitmap.inconsistent = inconsistent
+        self._changed(bitmap)
 
     def _changed(self, bitmap: NamedBitmap) -> None:
+        bitmap.on_change()
         self._note_recording()
         self._mark_in_flight(bitmap)
 

@@ -166,12 +166,11 @@ class Removed(Done):
 
 
 class BitmapActions:
-    """The actions on the bitmaps of an inventory; `keeper` is where persistent ones live."""
+    """The actions on the bitmaps of an inventory."""
 
-    def __init__(self, inventory: Inventory, keeper: BitmapKeeper) -> None:
+    def __init__(self, inventory: Inventory) -> None:
         self.turn = asyncio.Lock()
         self._inventory = inventory
-        self._keeper = keeper
 
     async def carry_out(self, actions: Iterable[Action]) -> None:
         """All of the actions or none; `turn` is held. Raises the error of the first that fails.
@@ -184,12 +183,12 @@ class BitmapActions:
                 done.append(await self._do(action))  # noqa: PERF401  those that were done are undone
         except BaseException:
             for step in reversed(done):
-                await step.undo(self._keeper)
+                await step.undo(self._inventory.keeper)
             raise
         failed: NbdMirrorError | None = None
         for step in done:
             try:
-                await step.commit(self._keeper)
+                await step.commit(self._inventory.keeper)
             except NbdMirrorError as error:
                 failed = failed or error
         if failed is not None:
@@ -218,7 +217,7 @@ class BitmapActions:
             raise StateError("Bitmap name cannot be empty")
         check_granularity(data.granularity)
         if data.persistent:
-            made = await self._keeper.create(node, data.name, data.granularity, recording=not data.disabled)
+            made = await self._inventory.keeper.create(node, data.name, data.granularity, recording=not data.disabled)
         else:
             node.bitmaps.check_free(data.name)
             made = NamedBitmap(data.name, _bits(node, data.granularity), recording=not data.disabled)
@@ -233,10 +232,10 @@ class BitmapActions:
 
     def _clear(self, data: BitmapName) -> Done:
         node, bitmap = self._inventory.bitmap(data.node, data.name)
-        bitmap.check_modifiable()
-        saved = bitmap.bits.snapshot()
+        bitmap.check_removable()  # unlike in QEMU: what is inconsistent begins anew
+        undo = partial(node.bitmaps.restore, bitmap, bitmap.bits.snapshot(), inconsistent=bitmap.inconsistent)
         node.bitmaps.clear(bitmap)
-        return Done(bitmap, partial(bitmap.bits.restore, saved))
+        return Done(bitmap, undo)
 
     def _enable(self, data: BitmapName) -> Done:
         node, bitmap = self._inventory.bitmap(data.node, data.name)

@@ -18,7 +18,7 @@ from nbdmirror.devices.base import BlockDevice
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.nbd import NbdDevice
 from nbdmirror.devices.uri import NbdEndpoint
-from nbdmirror.errors import DeviceError, StateError, UsageError
+from nbdmirror.errors import DeviceError, NbdMirrorError, StateError, UsageError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import Named, Positive
@@ -122,9 +122,12 @@ class BlockCommands:
             self._inventory.add_node(Node(options.node_name, options.driver, child.device, child=child))
             return
         disk = await _open(options)
+        node = Node(options.node_name, options.driver, disk)
         try:
-            self._inventory.add_node(Node(options.node_name, options.driver, disk))
-        except StateError:  # another client took the name while the server was being connected to
+            await self._inventory.keeper.load_all(node)
+            self._inventory.add_node(node)
+        except NbdMirrorError:  # another client may have taken the name while the server was being connected to
+            await self._inventory.keeper.release(node)
             await disk.aclose()
             raise
 

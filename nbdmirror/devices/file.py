@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdmirror.devices import linux
 from nbdmirror.devices.base import BlockDevice, Capabilities, Limits
+from nbdmirror.devices.identity import identity_of_block_device, identity_of_file
+from nbdmirror.devices.lock import lock
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, HOLE, ZERO, ExtentList
 from nbdmirror.protocol.constants import FAST_ZERO, FUA, NO_HOLE
@@ -298,6 +300,18 @@ class FileDevice(BlockDevice):
             at = os.lseek(self._fd, data, os.SEEK_HOLE)
             extents.add_until(at, DATA)  # nothing, where it has become a hole in between: look again
         return extents
+
+    def identity(self) -> str:
+        """See BlockDevice."""
+        identify = identity_of_block_device if self.is_block else identity_of_file
+        return identify(self._fd, self.name)
+
+    async def lock(self) -> None:
+        """See BlockDevice: for itself, or with others that only read."""
+        try:
+            await lock(self._fd, f"'{self.name}'", exclusive=not self.capabilities.read_only)
+        except OSError as error:
+            raise self._failed(error, "locking", 0) from None
 
     async def aclose(self) -> None:
         """Wait for what the threads are doing, then close."""

@@ -42,6 +42,12 @@ class Shelf:
         await self._work("settle")
         self.settled.append(bitmap.name)
 
+    async def load_all(self, node: Node) -> None:
+        pass
+
+    async def release(self, node: Node) -> None:
+        pass
+
     async def _work(self, what: str) -> None:
         await settled()
         if what == self.broken:
@@ -58,7 +64,8 @@ class BitmapRig:
         for name, disk in self.disks.items():
             self.inventory.add_node(Node(name, "file", disk))
         self._registry = Registry(Version(10, 1, 0, "test"))
-        actions = BitmapActions(self.inventory, self.shelf)
+        self.inventory.keeper = self.shelf
+        actions = BitmapActions(self.inventory)
         BitmapCommands(self.inventory, actions).register(self._registry)
         TransactionCommands(self.inventory, actions).register(self._registry)
 
