@@ -263,7 +263,7 @@ async def test_writes_are_only_marked_until_the_target_is_known() -> None:
     asking = await rig.target.next()
     for mode in (CopyMode.BACKGROUND, CopyMode.WRITE_BLOCKING):
         rig.job.change(mode)
-    await rig.device.pwrite(b"early", 2 * CHUNK)
+    await rig.device.pwrite(b"E" * CHUNK, 2 * CHUNK)
     assert rig.target.named("pwrite") == []
     asking.finish()
     await rig.until("BLOCK_JOB_READY")
