@@ -87,12 +87,13 @@ class World(NamedTuple):
 @dataclass
 class Step:
     """A world, the state that watched it come about, and the way there. `active` has the writes that are in the state, `place`
-    is that of a copy in their line."""
+    is that of a copy in their line, `late` are those that were answered early."""
 
     world: World
     state: SyncState
     active: dict[int, ActiveWrite] = field(default_factory=dict)
     place: ActiveWrite | None = None
+    late: frozenset[int] = frozenset()
     path: tuple[str, ...] = ()
 
     def then(self, name: str) -> Step:
@@ -101,11 +102,11 @@ class Step:
         state = clone(self.state)
         state._active = list(twins.values())
         active = {number: twins[id(active)] for number, active in self.active.items()}
-        return Step(self.world, state, active, self.place and twins[id(self.place)], (*self.path, name))
+        return Step(self.world, state, active, self.place and twins[id(self.place)], self.late, (*self.path, name))
 
     def key(self) -> tuple[object, ...]:
         """What the future depends on."""
-        return (self.world.folded(), facts(self.state), tuple(self.active), self.place is not None)
+        return (self.world.folded(), facts(self.state), tuple(self.active), self.place is not None, self.late)
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -242,6 +243,11 @@ class Step:
             step = self.then(f"active {number} is sent")
             step.send(number)
             yield step
+            if number not in self.late:
+                step = self.then(f"active {number} is late")
+                step.state.active_is_late(step.active[number])
+                step.late |= {number}
+                yield step
             step = self.then(f"active {number} fails on the target")
             step.world = step.world.write_target(number, GARBAGE[0])
             step.end_active(number, on_both=False)
@@ -303,7 +309,7 @@ class Step:
         world = self.world
         allowed: tuple[set[int], set[int]] = ({world.source[0]}, {world.source[1]})
         for number in self.active:
-            if world.writes[number] in (BEGUN, CHANGED, SENT):
+            if world.writes[number] != ARRIVED and number not in self.late:
                 for half in (0, 1) if WHOLE[number] else (1,):
                     allowed[half].update((world.before[number][half], NEW[number]))
         for content in world.cached:
