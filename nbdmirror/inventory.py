@@ -37,12 +37,16 @@ _HISTORY: Final = 64
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """An open disk. `driver` is QEMU's word for its kind; `implicit` nodes are closed with the job that opened them."""
+    """An open disk. `driver` is QEMU's word for its kind; `implicit` nodes are closed with the job that opened them.
+
+    `reconnect_seconds` is how long a job waits for it when it is lost: None, for as long as it takes.
+    """
 
     name: str
     driver: str
     disk: BlockDevice
     implicit: bool = False
+    reconnect_seconds: float | None = None
     device: TrackedDevice = field(init=False)
     bitmaps: BitmapSet = field(init=False)
     guards: list[WriteGuard] = field(default_factory=list)

@@ -9,13 +9,17 @@ from typing import Any, Final, Literal
 
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.nbd import NbdDevice
+from nbdmirror.devices.nbd_link import LinkOptions
 from nbdmirror.devices.uri import NbdEndpoint
 from nbdmirror.errors import StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.qmp.registry import Registry
-from nbdmirror.qmp.schema import Positive
+from nbdmirror.qmp.schema import Positive, UInt32
 
 DEFAULT_CONNECTIONS: Final = 4
+# Seconds without any sign of life after which a target's server counts as lost: long for a disk, and short of the 30 s after
+# which guests give theirs up. Where it has to wait for its disk, it has ten times as long.
+DEFAULT_REQUEST_TIMEOUT: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +61,17 @@ class HostDeviceOptions:
 
 @dataclass(frozen=True, slots=True)
 class NbdOptions:
-    """blockdev-add of an NBD export."""
+    """blockdev-add of an NBD export. Times in seconds; `x_request_timeout` 0: a server may be silent for ever."""
 
     driver: Literal["nbd"]
     server: UnixAddress | InetAddress
     export: str = ""
     node_name: str | None = None
     read_only: bool = False
+    reconnect_delay: UInt32 | None = None
+    open_timeout: UInt32 = 0
     x_connections: Positive = DEFAULT_CONNECTIONS
+    x_request_timeout: UInt32 = DEFAULT_REQUEST_TIMEOUT
 
 
 class BlockCommands:
@@ -86,14 +93,15 @@ class BlockCommands:
             raise StateError("'node-name' must be specified for the root node")
         self._inventory.check_node_name(options.node_name)
         disk: FileDevice | NbdDevice
+        reconnect = None
         if isinstance(options, NbdOptions):
-            disk = await _open_nbd(options)
+            disk, reconnect = await _open_nbd(options), options.reconnect_delay
         else:
             if isinstance(options, HostDeviceOptions):
                 _check_host_device(options.filename)
             disk = FileDevice.open(options.filename, read_only=options.read_only)
         try:
-            self._inventory.add_node(Node(options.node_name, options.driver, disk))
+            self._inventory.add_node(Node(options.node_name, options.driver, disk, reconnect_seconds=reconnect))
         except StateError:  # another client took the name while the server was being connected to
             await disk.aclose()
             raise
@@ -142,7 +150,8 @@ async def _open_nbd(options: NbdOptions) -> NbdDevice:
         if not server.port.isdecimal():
             raise StateError(f"'{server.port}' is not a port number")
         endpoint = NbdEndpoint.tcp(server.host, int(server.port), options.export)
-    return await NbdDevice.open(endpoint, connections=options.x_connections, read_only=options.read_only)
+    link = LinkOptions(options.reconnect_delay or 0, options.open_timeout, options.x_request_timeout or None)
+    return await NbdDevice.open(endpoint, connections=options.x_connections, read_only=options.read_only, link=link)
 
 
 def _check_host_device(path: str) -> None:
