@@ -63,7 +63,7 @@ class Flusher:
         self.tasks: set[asyncio.Task[None]] = set()
         # Bytes that have arrived since the last flush began.
         self.unflushed = 0
-        self._began = 0.0
+        self._began = time.monotonic()
 
     async def flush(self, within: float | None = None) -> bool:
         """False where that failed. Raises Cancelled, and TimeoutError after `within` seconds."""

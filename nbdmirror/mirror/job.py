@@ -189,7 +189,6 @@ class MirrorJob(Job):
         """READY: copy what is written, until told to end."""
         while not self._ending:
             await self._transfer.sweep()
-            self._steer()
             self._note_sync()
             if self.state.is_synced and not self._ending:
                 await self._wait_for_write()
@@ -278,8 +277,6 @@ class MirrorJob(Job):
         """The target is out of reach, or in reach again, or is not waited for any longer."""
         if self._outage.is_waited_for:
             _log.warning("job '%s': the target is lost and waited for: %s", self.id, self._outage.state)
-        else:
-            self._trouble.in_reach()
         self._steer()
         self.wake()
 

@@ -6,7 +6,7 @@ Rules (QEMU's `BlockdevOnError`; what failed is dirty again before anybody asks 
 2. One episode is said once: until the job is resumed, or the time to wait is over, further failures are the same news.
 3. What is ignored is tried again after a while that doubles from failure to failure; something that succeeds ends that.
 4. A target that is out of reach has not failed: that is tried again in the same way, whatever the policy. Until something
-   has succeeded, or it is known to be in reach again, nobody should wait for it.
+   has succeeded again nobody should wait for it.
 """
 
 from __future__ import annotations
@@ -100,10 +100,6 @@ class Trouble:
         self._is_out_of_reach = True
         if not self.delay(now):
             self._back_off(now)
-
-    def in_reach(self) -> None:
-        """The target is connected again."""
-        self._is_out_of_reach = False
 
     def _back_off(self, now: float) -> None:
         self._until = now + self._wait

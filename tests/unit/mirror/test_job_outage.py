@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nbdmirror.devices.memory import MemoryDevice
-from nbdmirror.mirror import pace
+from nbdmirror.mirror import pace, trouble
 from nbdmirror.mirror.options import CopyMode
 from nbdmirror.mirror.record import Keep
 from nbdmirror.mirror.trouble import OnError
@@ -150,8 +150,9 @@ async def test_answer_that_is_heard_after_the_loss_proves_no_zeroes() -> None:
     held = await rig.target.next()
     rig.target.holding.clear()
     held.finish()
+    while any(rig.target.data):
+        await asyncio.sleep(0)
     rig.link.revert()
-    await settled()
     await rig.until("BLOCK_JOB_READY")
     await completes(rig)
 
@@ -266,11 +267,15 @@ async def test_stopped_job_waits_again_when_resumed() -> None:
 
 
 async def test_ignored_loss_is_made_up_for_when_the_link_is_back() -> None:
-    rig = linked(reconnect_seconds=0, on_target_error=OnError.IGNORE)
+    rig = linked(reconnect_seconds=0.01, on_target_error=OnError.IGNORE)
     await rig.ready()
     rig.link.lose()
     await guest_writes(rig)
     await rig.until("BLOCK_JOB_ERROR")
+    rig.link.restore()
+    await until(lambda: rig.target.data == rig.source.data)
+    rig.link.lose()
+    await rig.until("standby", 2)
     rig.link.restore()
     rig.job.complete()
     await rig.until("null")
@@ -313,6 +318,7 @@ async def test_lost_while_it_waits_to_be_finalized() -> None:
 
 
 async def test_silent_target_holds_one_write_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trouble, "FIRST_WAIT", 0)
     rig = await in_step(CopyMode.WRITE_BLOCKING)
     rig.target.holding.add("pwrite")
     monkeypatch.setattr(pace, "PATIENCE_SECONDS", 0.01)
