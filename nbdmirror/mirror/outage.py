@@ -4,7 +4,8 @@ Rules:
 1. What fails because the link is lost, or the server silent, is dirty again like anything that fails, and is copied once the
    link is back. Meanwhile the job pauses, by itself, and the guest's writes are only marked.
 2. It is waited for `seconds` at most, or for as long as it takes (None). After that, and where the link has failed for good,
-   every failure is an error, for the error policy. Who resumes the job wants it to be waited for once more.
+   every failure is an error, for the error policy. Who resumes the job wants it to be waited for once more. With 0 nothing is
+   waited for, and any connection that is lost is an error.
 3. What a lost session may have cost is known to be lost (`on_loss`) in the same step in which the link tells of it: there is no
    moment at which the link takes a flush for good and the job does not know.
 4. While a job uses a link, requests are not held by the link but fail at once: the job knows better what to do meanwhile.
@@ -72,11 +73,15 @@ class Outage:
     @property
     def is_waited_for(self) -> bool:
         """Whether the job has to wait for the link."""
-        return self._link is not None and self._link.is_reconnecting and not self._is_given_up
+        return self._link is not None and self._link.is_reconnecting and not self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_given_up or self._seconds == 0
 
     def explains(self, failure: CopyFailed) -> bool:
         """Whether a failure is to be made up for in silence: because the link is lost, or about to be given up."""
-        if self._link is None or self._is_given_up or failure.operation != "write" or failure.cause.errno not in _LOST:
+        if self._link is None or self._is_over or failure.operation != "write" or failure.cause.errno not in _LOST:
             return False
         return failure.cause.errno != errno.ETIMEDOUT or self._link.notices_silence
 
@@ -125,9 +130,7 @@ class Outage:
 
     def _start_waiting(self) -> None:
         self._stop_waiting()
-        if self._seconds == 0:
-            self._is_given_up = True
-        elif self._seconds is not None:
+        if self._seconds:
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self._give_up)
 
     def _stop_waiting(self) -> None:
