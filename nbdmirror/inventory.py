@@ -46,6 +46,7 @@ class Node:
     """An open disk. `driver` is QEMU's word for its kind; `implicit` nodes are closed with the job that opened them.
 
     A node over a `child` has the child's filter for a disk, so that the child's bitmaps hear of its writes, too.
+    `reconnect_seconds` is how long a job waits for it when it is lost: None, for as long as it takes.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Node:
     disk: BlockDevice
     implicit: bool = False
     child: Node | None = None
+    reconnect_seconds: float | None = None
     device: TrackedDevice = field(init=False)
     bitmaps: BitmapSet = field(init=False)
     guards: list[WriteGuard] = field(default_factory=list)
@@ -270,6 +272,13 @@ class Inventory:
         node.sealed = True
         for each in self.exports_of(node):
             each.export.read_only = True
+
+    def credentials(self, name: str) -> TlsCredentials:
+        """The TLS credentials of that id; raises NotFoundError."""
+        found = self.objects.get(name)
+        if found is None:
+            raise NotFoundError(f"No TLS credentials with id '{name}'")
+        return found
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

@@ -89,9 +89,10 @@ def test_target_is_killed(when: str, tmp_path: Path) -> None:
     with into_nbdkit_memory(tmp_path, SIZE) as target, source(tmp_path) as (disk, daemon):
         with writing_guest(daemon, disk, SIZE, seed) as writer:
             if when == "before ready":
-                tell(daemon, "mirror", target.uri, "--background", "--speed", "256k", "--request-size", "64k")
+                slowly = ["--background", "--speed", "256k", "--request-size", "64k"]
+                tell(daemon, "mirror", target.uri, "--reconnect", "0", *slowly)
             else:
-                tell(daemon, "mirror", target.uri)
+                tell(daemon, "mirror", target.uri, "--reconnect", "0")
             os.kill(target.pid, signal.SIGKILL)
             result = ask(daemon, "wait", "mirror0", "--timeout", "20")
             refused(result, 3, "job 'mirror0' failed", "Transport endpoint is not connected")
@@ -104,7 +105,7 @@ def test_target_is_killed(when: str, tmp_path: Path) -> None:
 
 def test_target_is_killed_during_complete(tmp_path: Path) -> None:
     with into_nbdkit_memory(tmp_path, SIZE) as target, source(tmp_path) as (disk, daemon):
-        tell(daemon, "mirror", target.uri)
+        tell(daemon, "mirror", target.uri, "--reconnect", "0")
         os.kill(target.pid, signal.SIGSTOP)
         tell(daemon, "complete", "mirror0", "--background")
         os.kill(target.pid, signal.SIGKILL)
