@@ -348,7 +348,7 @@ class SyncState:
         return dirty.dirty_bytes + copying
 
     def __repr__(self) -> str:
-        return f"<SyncState {self.dirty!r} copying={self._copying_count} writing={len(self._writing)}+{len(self._active)}>"
+        return f"<SyncState {self.dirty!r} copying={self._copying_count} writing={len(self._writing) + len(self._active)}>"
 
 
 def _runs(bits: bitarray) -> Iterator[tuple[int, int]]:

@@ -98,10 +98,7 @@ class Transfer:
         while True:
             await self.rest()
             begun += self._take_turn()
-            is_enough = budget is not None and begun >= budget
-            unit = None if is_enough else await self._next_unit()
-            if is_enough:
-                self._leave_line()
+            unit = None if budget is not None and begun >= budget else await self._next_unit()
             if unit is None and not self.tasks and self._place is None:
                 self._give_back_planned()
                 return begun

@@ -304,7 +304,7 @@ def test_one_mirror_at_a_time(tmp_path: Path) -> None:
         one, other = make_disk(tmp_path / "one", SIZE), make_disk(tmp_path / "other", SIZE)
         refused(ask(daemon, "mirror", other, "--job-id", "1k"), 1, "Invalid job ID '1k'")
         tell(daemon, "mirror", one, "--job-id", "j")
-        node = json.loads(tell(daemon, "status", "--json"))["nodes"][-1]["node-name"]
+        node = json.loads(tell(daemon, "status", "--json"))["nodes"][0]["node-name"]
         refused(ask(daemon, "mirror", other, "--job-id", "k"), 1, "Need a root block node")
         refused(ask(daemon, "mirror", other, "--job-id", "j"), 1, "Job ID 'j' already in use")
         refused(ask(daemon, "mirror", other, "--device", node), 1, "block device is in use by block job: mirror")

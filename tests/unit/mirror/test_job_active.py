@@ -150,21 +150,49 @@ async def test_rate_limit_holds_no_chunk() -> None:
 
 
 async def test_status_that_is_waited_for_makes_way() -> None:
-    rig = blocking(holding_source={"extents"})
+    """The whole run is taken while its status is asked for; then what a write waits for is not even begun."""
+    rig = blocking(holding_source={"extents"}, holding_target={"pwrite"}, requests=1)
     rig.start()
     asking = await rig.source.next()
     writing = write(rig, b"W" * CHUNK, 2 * CHUNK)
     await settled()
-    assert not writing.done(), "the run was taken"
-    rig.target.holding.add("pwrite")
+    assert rig.source.data[2 * CHUNK : 2 * CHUNK + 1] == b"o", "the run is taken"
     rig.source.holding.clear()
     asking.finish()
     await settled()
+    assert rig.source.data[2 * CHUNK : 2 * CHUNK + 1] == b"W"
+    assert {call.offset for call in rig.target.calls if call.is_held} == {0, 2 * CHUNK}
     await rig.release()
     await writing
     await rig.until("BLOCK_JOB_READY")
     assert rig.target.data == rig.source.data
     await completed(rig)
+
+
+async def test_turn_that_comes_while_status_is_asked_for_is_not_missed() -> None:
+    rig = await in_step(sync="none", holding_source={"pwrite", "extents"})
+    first = write(rig, b"1", 0)
+    held = await rig.source.next()
+    rig.job.state.active_is_late(rig.job.state._active[0])  # so its chunk is dirty, and waited for in line
+    rig.job.wake()
+    await settled()
+    assert rig.job._transfer.is_in_line
+    rig.job.state.dirty.add_chunks(1, 2)
+    rig.job.wake()
+    asking = await rig.source.next()
+    second = write(rig, b"2", CHUNK)
+    await settled()
+    held.finish()
+    await first
+    asking.finish()
+    blocked = await rig.source.next()
+    await settled()
+    assert (blocked.name, blocked.offset) == ("pwrite", CHUNK)
+    assert [call.offset for call in rig.source.named("pread")] == [0], "nothing else would wake it"
+    await rig.release()
+    await second
+    rig.job.cancel()
+    await rig.until("null")
 
 
 async def test_chunk_is_not_copied_while_it_is_written() -> None:
