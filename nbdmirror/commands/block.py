@@ -131,8 +131,7 @@ class BlockCommands:
             self._inventory.add_node(Node(options.node_name, options.driver, child.device, child=child))
             return
         disk = await self._open(options)
-        reconnect = options.reconnect_delay if isinstance(options, NbdOptions) else None
-        node = Node(options.node_name, options.driver, disk, reconnect_seconds=reconnect)
+        node = Node(options.node_name, options.driver, disk, reconnect_seconds=_reconnect_seconds(options))
         try:
             await self._inventory.keeper.load_all(node)
             self._inventory.add_node(node)
@@ -182,6 +181,11 @@ class BlockCommands:
     def query_named_block_nodes(self, *, flat: bool = False) -> list[dict[str, Any]]:  # noqa: ARG002  no disk has backing files
         """Every node, newest first."""
         return [node_info(node) for node in reversed(self._inventory.nodes.values())]
+
+
+def _reconnect_seconds(options: RawOptions | FileOptions | HostDeviceOptions | NbdOptions) -> float | None:
+    inner = options.file if isinstance(options, RawOptions) else options
+    return inner.reconnect_delay if isinstance(inner, NbdOptions) else None
 
 
 def _endpoint(options: NbdOptions) -> tuple[NbdEndpoint, str]:

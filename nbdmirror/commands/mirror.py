@@ -10,7 +10,7 @@ from typing import Final, Literal
 from nbdmirror.commands.block import DEFAULT_CONNECTIONS, DEFAULT_REQUEST_TIMEOUT
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.nbd import NbdDevice
-from nbdmirror.devices.nbd_link import LinkOptions
+from nbdmirror.devices.nbd_link import Link, LinkOptions
 from nbdmirror.devices.open import open_device
 from nbdmirror.errors import NbdMirrorError, StateError
 from nbdmirror.inventory import Inventory, Node
@@ -120,7 +120,7 @@ class MirrorCommands:
         source, target = self._inventory.node(wanted.device), self._inventory.node(wanted.target)
         options = wanted.options(unmap=wanted.x_unmap)
         if options.reconnect_seconds is None:
-            options = replace(options, reconnect_seconds=target.reconnect_seconds)
+            options = replace(options, reconnect_seconds=_base(target).reconnect_seconds)
         self._start(wanted, source, target, options)
 
     async def drive_mirror(self, wanted: DriveMirror, /) -> None:
@@ -167,7 +167,7 @@ class MirrorCommands:
             pivot=lambda: self._inventory.pivot(source, target),
             seal=lambda: self._inventory.seal(source),
             options=options,
-            link=target.disk.link if isinstance(target.disk, NbdDevice) else None,
+            link=_link(target),
             record=record,
             speed=wanted.speed,
             auto_finalize=wanted.auto_finalize,
@@ -203,6 +203,18 @@ class MirrorCommands:
             task = asyncio.get_running_loop().create_task(target.disk.aclose())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+
+def _base(node: Node) -> Node:
+    """The node of the disk itself."""
+    while node.child is not None:
+        node = node.child
+    return node
+
+
+def _link(node: Node) -> Link | None:
+    disk = _base(node).disk
+    return disk.link if isinstance(disk, NbdDevice) else None
 
 
 def _is_same_file(one: Node, other: Node) -> bool:
