@@ -22,6 +22,7 @@ from nbdmirror import __version__, systemd
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
 from nbdmirror.commands.job import JobCommands
+from nbdmirror.commands.mirror import MirrorCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
@@ -86,7 +87,8 @@ class Daemon:
             options.export_name, node.device, description=options.description, read_only=options.read_only
         )
         BlockCommands(inventory).register(self._registry)
-        JobCommands(inventory, self._monitor.emit).register(self._registry)
+        JobCommands(inventory).register(self._registry)
+        MirrorCommands(inventory, self._monitor.emit).register(self._registry)
         ControlCommands(self._stop.set).register(self._registry)
         stack.push_async_callback(self._monitor.aclose)
         listener = self._listen(stack)
@@ -202,7 +204,7 @@ class Daemon:
     async def _close_nodes(self) -> None:
         for node in self._inventory.nodes.values():
             try:
-                if not node.is_read_only:
+                if not node.disk.capabilities.read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):
                         await node.disk.flush()
             except (DeviceError, TimeoutError) as error:

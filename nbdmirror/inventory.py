@@ -3,8 +3,8 @@
 Rules:
 1. "No such node", "no such job" are raised here and nowhere else, with QEMU's texts.
 2. A node is a disk, the filter through which it is written, and its bitmaps. A pivot gives the filter of the source, and with
-   it every export above, to the target's node; the source's node gets a new filter and is idle from then on. Bitmaps stay with
-   their node: they tell of that disk.
+   it every export above, to the target's node; the source's node gets a new filter and is idle from then on. Bitmaps, and the
+   guards that keep them durable, stay with their node: they tell of that disk.
 3. What is in use is not removed: a node knows its users by a word each.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdmirror.bitmap.named import BitmapSet
 from nbdmirror.devices.aligned import AlignedDevice
+from nbdmirror.devices.read_only import ReadOnlyDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import InactiveError, NotFoundError, StateError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from nbdmirror.bitmap.named import NamedBitmap
     from nbdmirror.devices.base import BlockDevice
+    from nbdmirror.devices.tracked import WriteGuard
     from nbdmirror.jobs.job import Job
     from nbdmirror.server.export import Export
 
@@ -43,7 +45,9 @@ class Node:
     implicit: bool = False
     device: TrackedDevice = field(init=False)
     bitmaps: BitmapSet = field(init=False)
+    guards: list[WriteGuard] = field(default_factory=list)
     users: set[str] = field(default_factory=set)
+    sealed: bool = False
 
     def __post_init__(self) -> None:
         self.device = TrackedDevice(self.disk)
@@ -53,10 +57,20 @@ class Node:
     def _writes_in_flight(self) -> Collection[tuple[int, int]]:
         return self.device.writes_in_flight()  # of the filter that is above the disk now: a pivot gives it another
 
+    def guard(self, guard: WriteGuard) -> None:
+        """Let `guard` hold the writes to this disk, through whichever filter they come."""
+        self.guards.append(guard)
+        self.device.guard(guard)
+
+    def unguard(self, guard: WriteGuard) -> None:
+        """The reverse."""
+        self.guards.remove(guard)
+        self.device.unguard(guard)
+
     @property
     def is_read_only(self) -> bool:
-        """Whether it was opened, or is served, without permission to write."""
-        return self.disk.capabilities.read_only
+        """Whether it was opened, or is served, without permission to write, or takes no more writes."""
+        return self.sealed or self.disk.capabilities.read_only
 
 
 class Inventory:
@@ -134,9 +148,21 @@ class Inventory:
         device.replace_below(AlignedDevice.over(target.disk))
         device.forget(source.bitmaps)
         target.device.forget(target.bitmaps)
+        for guard in source.guards:
+            device.unguard(guard)
         source.device, target.device = TrackedDevice(source.disk), device
         for node in (source, target):
             node.device.observe(node.bitmaps)
+            for guard in node.guards:
+                node.device.guard(guard)
+
+    def seal(self, node: Node) -> None:
+        """Let nobody write to a node any more, whoever is connected. It must be drained."""
+        node.device.replace_below(ReadOnlyDevice(node.disk))
+        node.sealed = True
+        for export in self.exports.values():
+            if export.device is node.device:
+                export.read_only = True
 
     # --- jobs ------------------------------------------------------------------------------------------------------
 

@@ -125,9 +125,9 @@ class DirtyBitmap:
         """Whether a chunk is marked."""
         return bool(self._bits[chunk])
 
-    def mask_clean(self, bits: bitarray) -> None:
-        """Clear in `bits`, one per chunk, what is dirty here."""
-        bits &= ~self._bits
+    def mask_clean(self, bits: bitarray, first: int = 0) -> None:
+        """Clear in `bits`, one per chunk from `first` on, what is dirty here."""
+        bits &= ~self._bits[first : first + len(bits)]
 
     def next_run(self, start: int, limit: int | None = None) -> tuple[int, int] | None:
         """The first dirty run `[first, end)` with start <= first < limit, cut at `limit`; None when there is none."""

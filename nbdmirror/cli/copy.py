@@ -181,7 +181,16 @@ async def _run(plan: _Plan, source: BlockDevice, target: BlockDevice, shown: Met
 
     if not _job_log.isEnabledFor(logging.INFO):
         _job_log.setLevel(logging.CRITICAL)  # why it failed is the command's own last line
-    job = MirrorJob("copy", TrackedDevice(source), target, emit, pivot=lambda: None, options=plan.options, speed=plan.speed)
+    job = MirrorJob(
+        "copy",
+        TrackedDevice(source),
+        target,
+        emit,
+        pivot=lambda: None,
+        seal=lambda: None,
+        options=plan.options,
+        speed=plan.speed,
+    )
     job.on_end = lambda _job: ended.set()
     job.start()
     while not ended.is_set():

@@ -10,12 +10,14 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, ZERO, ExtentList, zero_runs
 from nbdmirror.mirror.plan import Copy, Geometry, Step, Unit, Zero
+from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.protocol.constants import NO_HOLE
 from nbdmirror.units import KiB, MiB, round_down
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from nbdmirror.mirror.progress import Progress
     from nbdmirror.mirror.zero_map import ZeroMap
 
+_log: Final = logging.getLogger(__name__)
+
 # Looked for in data, so that zeroes that the source could not tell of do not travel: what file systems allocate by.
 ZERO_GRAIN: Final = 4 * KiB
 # A coarse look first: where 64 KiB begin with a byte that is set, its 4 KiB blocks are not looked at one by one.
@@ -33,6 +37,7 @@ _COARSE_GRAIN: Final = 64 * KiB
 # 256 KiB to 1 MiB with 16 in flight is where libnbd is fastest; larger buffers fall out of the processor's cache.
 DEFAULT_REQUEST_SIZE: Final = MiB
 DEFAULT_REQUESTS: Final = 16
+DEFAULT_BUFFER: Final = DEFAULT_REQUESTS * DEFAULT_REQUEST_SIZE
 # One zero request; no payload travels, but a server without real zeroing writes all of it before it answers.
 MOST_ZERO: Final = 256 * MiB
 # What a server may make us ask to learn of one chunk, and of a whole target, before it counts as data.
@@ -41,21 +46,16 @@ _SCAN_QUERIES: Final = 4096
 _SCAN_LENGTH: Final = 4 * KiB * MiB - MiB
 
 
-class CopyFailed(Exception):  # noqa: N818  # it is no fault of ours
-    """A unit could not be copied: `operation` is `read` where the source failed, `write` where the target did."""
-
-    def __init__(self, operation: str, cause: DeviceError) -> None:
-        self.operation = operation
-        self.cause = cause
-        super().__init__(str(cause))
-
-
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """How to copy: the most data bytes per unit, how many units at a time, whether zeroes may become holes."""
+    """How to copy: the most data bytes per unit, how many units at a time, whether zeroes may become holes.
+
+    `buffer` bounds the data of all units at a time, in bytes; a chunk that is larger is copied alone.
+    """
 
     request_size: int = DEFAULT_REQUEST_SIZE
     requests: int = DEFAULT_REQUESTS
+    buffer: int = DEFAULT_BUFFER
     unmap: bool = True
     use_extents: bool = True
 
@@ -69,29 +69,30 @@ class Copier:
         self.source = source
         self.target = target
         self._zero_map = zero_map
-        self._progress = progress
-        self._options = options
+        self.progress = progress
+        self.options = options
         self._zero_flags = 0 if options.unmap else NO_HOLE
         self._buffers: list[bytearray] = []
 
     def geometry(self, granularity: int) -> Geometry:
         """The bounds of a plan for these two disks."""
-        unit = max(round_down(self._options.request_size, granularity), granularity)
+        unit = max(round_down(min(self.options.request_size, self.options.buffer), granularity), granularity)
         alignment = max(self.target.limits.minimum, self.source.limits.minimum)
         return Geometry(granularity, unit, max(round_down(MOST_ZERO, granularity), granularity), alignment, self.source.size)
 
     async def status(self, offset: int, length: int, at_least: int) -> ExtentList:
         """The source's extents from `offset` on: at least `at_least` bytes of them, at most `length`."""
-        if not self._options.use_extents:
-            return ExtentList.all_data(offset, length)
         extents = ExtentList(offset, length)
-        for _ in range(_STATUS_QUERIES):
-            at = offset + extents.length
-            for extent in await self.source.extents(at, offset + length - at):
-                extents.add(extent.length, extent.flags)
-            if extents.length >= at_least:
-                return extents
-        extents.add_until(offset + at_least, DATA)
+        try:
+            for _ in range(_STATUS_QUERIES if self.options.use_extents else 0):
+                at = offset + extents.length
+                for extent in await self.source.extents(at, offset + length - at):
+                    extents.add(extent.length, extent.flags)
+                if extents.length >= at_least:
+                    return extents
+        except DeviceError as error:  # status is advice: what fails to tell is copied
+            _log.debug("'%s' does not tell its extents: %s", self.source.name, error)
+        extents.add_until(offset + (at_least if extents.length else length), DATA)
         return extents
 
     async def carry_out(self, unit: Unit) -> None:
@@ -109,6 +110,11 @@ class Copier:
             await self._send(unit, buffer, start, known_zero=known_zero)
         finally:
             self._buffers.append(buffer)
+
+    async def send(self, data: memoryview, offset: int) -> None:
+        """Write what the caller holds, whole blocks of the target. Raises CopyFailed."""
+        self._zero_map.clear(offset, len(data))
+        await _all((self._write(data, offset),))
 
     async def _send(self, unit: Unit, buffer: bytearray, start: int, *, known_zero: bool) -> None:
         view = memoryview(buffer)
@@ -129,7 +135,7 @@ class Copier:
                 await self.source.pread(view, offset)
         except DeviceError as error:
             raise CopyFailed("read", error) from error
-        self._progress.read += len(view)
+        self.progress.read += len(view)
 
     def _refined(self, unit: Unit, buffer: bytearray, start: int) -> list[Step]:
         """The steps with the zeroes that were found in the data, neighbours of a kind joined."""
@@ -145,19 +151,19 @@ class Copier:
 
     async def _write(self, data: memoryview, offset: int) -> None:
         await self.target.pwrite(data, offset)
-        self._progress.sent += len(data)
+        self.progress.sent += len(data)
 
     async def _zero(self, offset: int, length: int, *, known_zero: bool) -> None:
         if known_zero:
-            self._progress.skipped += length
+            self.progress.skipped += length
             return
         await self.target.zero(offset, length, self._zero_flags)
         self._zero_map.set_zero(offset, length)
-        self._progress.zeroed += length
+        self.progress.zeroed += length
 
     def _take_buffer(self, length: int) -> bytearray:
         """A buffer of at least `length` bytes; there are as many as units in flight."""
-        buffer = self._buffers.pop() if self._buffers else bytearray(self._options.request_size)
+        buffer = self._buffers.pop() if self._buffers else bytearray(self.options.request_size)
         return buffer if len(buffer) >= length else bytearray(length)
 
     async def learn_zeroes(self) -> None:

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.jobs.status import JobStatus
-from nbdmirror.mirror import job as job_module
-from nbdmirror.mirror import pace
+from nbdmirror.mirror import pace, quiet
 from tests.support.rig import CHUNK, Rig, eio, hurry
 
 if TYPE_CHECKING:
@@ -216,7 +215,7 @@ def walk(seed: str, monkeypatch: pytest.MonkeyPatch) -> Walk:
         patch.setattr(pace, "CLOSE_IN_SECONDS", chance.choice([-1, 1e9]))
         patch.setattr(pace, "HOLD_SECONDS", chance.choice([0, 1e6]))
         # Requests are left behind only where nothing ever answers; here all do in the end.
-        patch.setattr(job_module, "_ABANDON_SECONDS", 60)
+        patch.setattr(quiet, "_ABANDON_SECONDS", 60)
 
         async def go() -> Walk:
             made = Walk(chance)

@@ -9,9 +9,10 @@ import pytest
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, HOLE, ZERO, ExtentList
-from nbdmirror.mirror.copier import MOST_ZERO, Copier, CopyFailed, CopyOptions
+from nbdmirror.mirror.copier import MOST_ZERO, Copier, CopyOptions
 from nbdmirror.mirror.plan import Unit, plan
 from nbdmirror.mirror.progress import Progress
+from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.mirror.zero_map import ZeroMap
 from nbdmirror.protocol.constants import NO_HOLE
 from nbdmirror.units import GiB, KiB, MiB

@@ -1,0 +1,197 @@
+"""Starting mirror jobs: blockdev-mirror and drive-mirror, which differ in how they find the target."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from nbdmirror.commands.block import DEFAULT_CONNECTIONS
+from nbdmirror.devices.file import FileDevice
+from nbdmirror.devices.open import open_device
+from nbdmirror.errors import NbdMirrorError, StateError
+from nbdmirror.inventory import Inventory, Node
+from nbdmirror.jobs.job import Emit, Job
+from nbdmirror.mirror.bitmap_form import BitmapForm, Mode, Sync
+from nbdmirror.mirror.copier import DEFAULT_BUFFER, DEFAULT_REQUEST_SIZE, DEFAULT_REQUESTS, CopyOptions
+from nbdmirror.mirror.job import MirrorJob
+from nbdmirror.mirror.options import DEFAULT_GRANULARITY, CopyMode, MirrorOptions
+from nbdmirror.mirror.trouble import OnError
+from nbdmirror.qmp.registry import Registry
+from nbdmirror.qmp.schema import NonNegative, Positive, UInt32
+
+# Guests give a disk up after 30 s.
+DEFAULT_PENDING_SECONDS: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorArguments:
+    """What both commands take. `buf_size` bounds the data in flight, in bytes; 0 is the default.
+
+    `x_pending_timeout` is how long a job that waits to be finalized holds the guest, in seconds; 0: as long as it takes.
+    """
+
+    job_id: str | None = None
+    device: str
+    target: str
+    sync: Sync
+    bitmap: str | None = None
+    bitmap_mode: Mode | None = None
+    speed: NonNegative = 0
+    granularity: UInt32 = 0
+    buf_size: int = 0
+    copy_mode: CopyMode = CopyMode.BACKGROUND
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+    target_is_zero: bool = False
+    x_requests: Positive = DEFAULT_REQUESTS
+    x_request_size: Positive = DEFAULT_REQUEST_SIZE
+    x_pending_timeout: NonNegative = DEFAULT_PENDING_SECONDS
+
+    def options(self, *, unmap: bool) -> MirrorOptions:
+        """How to mirror; raises StateError."""
+        if self.buf_size < 0:
+            raise StateError("Invalid parameter 'buf-size'")
+        return MirrorOptions(
+            sync="none" if self.sync == "none" else "full",  # raw disks have no backing, so their top is all of them
+            granularity=self.granularity or DEFAULT_GRANULARITY,
+            target_is_zero=self.target_is_zero,
+            pending_seconds=self.x_pending_timeout or None,
+            copy_mode=self.copy_mode,
+            on_source_error=self.on_source_error,
+            on_target_error=self.on_target_error,
+            copy=CopyOptions(
+                request_size=self.x_request_size,
+                requests=self.x_requests,
+                buffer=self.buf_size or DEFAULT_BUFFER,
+                unmap=unmap,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockdevMirror(MirrorArguments):
+    """blockdev-mirror: `target` is a node."""
+
+    x_unmap: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveMirror(MirrorArguments):
+    """drive-mirror: `target` is a path or URI. Disks are never probed, so `format` chooses nothing; nor are targets created."""
+
+    format_: Literal["raw", "nbd"] = "raw"
+    node_name: str | None = None
+    mode: Literal["existing"]
+    unmap: bool = True
+    x_connections: Positive = DEFAULT_CONNECTIONS
+
+
+class MirrorCommands:
+    """Handlers that start jobs."""
+
+    def __init__(self, inventory: Inventory, emit: Emit) -> None:
+        self._inventory = inventory
+        self._emit = emit
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def register(self, registry: Registry) -> None:
+        """Name the handlers."""
+        registry.command("blockdev-mirror")(self.blockdev_mirror)
+        registry.command("drive-mirror")(self.drive_mirror)
+
+    def blockdev_mirror(self, wanted: BlockdevMirror, /) -> None:
+        """Mirror one node to another."""
+        source, target = self._inventory.node(wanted.device), self._inventory.node(wanted.target)
+        self._start(wanted, source, target, wanted.options(unmap=wanted.x_unmap))
+
+    async def drive_mirror(self, wanted: DriveMirror, /) -> None:
+        """Mirror a node to a path or URI, which is opened for the job and closed with it, unless it was pivoted to."""
+        self._inventory.node(wanted.device)
+        options = wanted.options(unmap=wanted.unmap)
+        self._check_job_id(wanted.job_id)
+        name = wanted.node_name or self._inventory.implicit_name()
+        if wanted.node_name is not None:
+            self._inventory.check_node_name(wanted.node_name)
+        disk = await open_device(wanted.target, connections=wanted.x_connections)
+        target = Node(name, "file" if isinstance(disk, FileDevice) else "nbd", disk, implicit=True)
+        try:
+            if wanted.node_name is not None:  # another client may have taken the name, or removed the source, meanwhile
+                self._inventory.check_node_name(wanted.node_name)
+            self._start(wanted, self._inventory.node(wanted.device), target, options)
+        except NbdMirrorError:
+            await disk.aclose()
+            raise
+        self._inventory.add_node(target)
+
+    def _check_job_id(self, job_id: str | None) -> str:
+        if job_id is None:
+            raise StateError("An explicit job ID is required")
+        if job_id in self._inventory.jobs:
+            raise StateError(f"Job ID '{job_id}' already in use")
+        return job_id
+
+    def _start(self, wanted: MirrorArguments, source: Node, target: Node, options: MirrorOptions) -> None:
+        self._check_nodes(source, target)
+        form = BitmapForm(wanted.sync, wanted.bitmap, wanted.bitmap_mode, wanted.granularity)
+        record = form.record(
+            lambda name: self._inventory.bitmap(source.name, name)[1],
+            source.device.limits.minimum,
+            target.device.limits.minimum,
+        )
+        job = MirrorJob(
+            self._check_job_id(wanted.job_id),
+            source.device,
+            target.device,
+            self._emit,
+            pivot=lambda: self._inventory.pivot(source, target),
+            seal=lambda: self._inventory.seal(source),
+            options=options,
+            record=record,
+            speed=wanted.speed,
+            auto_finalize=wanted.auto_finalize,
+            auto_dismiss=wanted.auto_dismiss,
+        )
+        self._inventory.add_job(job)
+        source.users.add("mirror source")
+        target.users.add("mirror target")
+        job.on_end = lambda ended: self._ended(ended, source, target)
+        job.start()
+
+    def _check_nodes(self, source: Node, target: Node) -> None:
+        if "mirror source" in source.users:
+            raise StateError("Need a root block node")
+        # Over our own export every copied chunk would be a write of a guest, and dirty again.
+        if source is target or _is_same_file(source, target) or target.disk.name in self._inventory.own_uris:
+            raise StateError("Can't mirror node into itself")
+        if target.users or source.users:
+            raise StateError("block device is in use by block job: mirror")
+        if self._inventory.is_exported(target):
+            raise StateError(f"Node {target.name} is in use by an export, and would be changed under its clients")
+        if target.is_read_only:
+            raise StateError("Block node is read-only")
+        if target.device.in_flight:
+            raise StateError(f"Node {target.name} still works on requests of a job that has ended")
+
+    def _ended(self, job: Job, source: Node, target: Node) -> None:
+        self._inventory.forget_job(job)
+        source.users.discard("mirror source")
+        target.users.discard("mirror target")
+        if target.implicit and not self._inventory.is_exported(target):
+            del self._inventory.nodes[target.name]
+            task = asyncio.get_running_loop().create_task(target.disk.aclose())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+
+def _is_same_file(one: Node, other: Node) -> bool:
+    """Whether two nodes are one file by two names: what is copied could then undo what was written meanwhile."""
+    if not isinstance(one.disk, FileDevice) or not isinstance(other.disk, FileDevice):
+        return False
+    try:
+        return Path(one.disk.name).samefile(other.disk.name)
+    except OSError:
+        return False
