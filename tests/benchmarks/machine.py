@@ -1,7 +1,8 @@
-"""What the benchmarks share: the machine, what processes cost on it, disks in memory.
+"""What the benchmarks share: the machine, what processes cost on it, where disks are.
 
 Rules:
-1. Disks are files on tmpfs: no disk and no page cache in the way, the same pages for every server.
+1. Disks are files on tmpfs, where nothing but memory is in the way, and, for servers, on a real file system with all of the
+   file in the page cache. Every server has the same file, and so the same pages.
 2. CPU time is a process's own account, user and system; threads are in it.
 """
 
@@ -44,6 +45,24 @@ class Cost:
     cpu: float
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server on a Unix socket."""
+
+    tool: str
+    pid: int
+    uri: str
+    socket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A directory for disks, and the name of its file system."""
+
+    name: str
+    directory: Path
+
+
 def check_programs(*names: str) -> None:
     """Raise unless all are installed."""
     missing = [name for name in names if shutil.which(name) is None]
@@ -59,6 +78,34 @@ def memory_directory(need: int) -> Iterator[Path]:
         raise BenchmarkError(f"{_MEMORY} has {format_size(free)} free, {format_size(need)} are needed; try a smaller --size")
     with tempfile.TemporaryDirectory(prefix="nbdmirror-bench-", dir=_MEMORY) as name:
         yield Path(name)
+
+
+@contextmanager
+def places(need: int, real: Path) -> Iterator[list[Place]]:
+    """A directory on tmpfs and one below `real`, on another file system, each with room for `need` bytes."""
+    name = _file_system(real)
+    if name in {"tmpfs", "ramfs"}:
+        raise BenchmarkError(f"'{real}' is on {name}; name a directory on a disk with --directory")
+    if shutil.disk_usage(real).free < need:
+        raise BenchmarkError(f"'{real}' has less than {format_size(need)} free; name another directory with --directory")
+    with memory_directory(need) as memory, tempfile.TemporaryDirectory(prefix="nbdmirror-bench-", dir=real) as disk:
+        yield [Place("tmpfs", memory), Place(name, Path(disk))]
+
+
+def _file_system(path: Path) -> str:
+    result = subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True, check=False, timeout=10)
+    if result.returncode:
+        raise BenchmarkError(result.stderr.strip())
+    name = result.stdout.strip()
+    return "ext4" if name == "ext2/ext3" else name
+
+
+def warm(path: Path) -> None:
+    """Have all of a file on the disk and in the page cache."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        while file.read(_PIECE):
+            pass
 
 
 def cpu_seconds(pid: int) -> float:
