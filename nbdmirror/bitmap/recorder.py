@@ -84,6 +84,7 @@ class WriteRecorder:
         self.missed = True
         self._remove(offset, length, ticket)
         self._state.active_withdraws(ticket.active)
+        self._wake()
 
     def carried(self, ticket: Ticket, *, on_both: bool) -> None:
         """The target has done it as well, or failed."""

@@ -16,7 +16,7 @@ Rules:
    that is never idle can be waited for in the same line.
 6. Once on both disks, an active write unmarks a chunk that it covered wholly, or that was clean when it began; the chunk is
    unflushed then. It unmarks nothing where another write was in flight meanwhile, whose order on the two disks is not
-   known, or where the target was lost meanwhile.
+   known, where the target was lost meanwhile, or where it was answered before the target had it.
 
 Why each is needed, and that none can be softer: `tests/property/test_sync_state.py` and `test_active_writes.py` walk every
 interleaving of writes, copies, flushes and failures over these rules and over each weaker set, which they break.
@@ -146,6 +146,10 @@ class SyncState:
                 self.dirty.discard_chunks(active.first + first, active.first + end)
                 self._unflushed[active.first + first : active.first + end] = 1
 
+    def active_is_late(self, active: ActiveWrite) -> None:
+        """It is answered before the target has it: its chunks stay dirty, and nobody else's until it ends."""
+        active.spoil(active.first, active.end)
+
     def active_withdraws(self, active: ActiveWrite) -> None:
         """It will not wait any longer, and begins as a write to the source alone; `write_ends` ends it."""
         self._active.remove(active)
@@ -153,13 +157,23 @@ class SyncState:
 
     def wait_in_line(self) -> ActiveWrite | None:
         """A place in the line for a dirty chunk that active writes keep from being taken; None where there is none."""
+        if self.is_synced:
+            return None
         for active in self._active:
-            run = self.dirty.next_run(active.first, active.end)
-            while run is not None and active.begun and active.is_fresh(run[0]):
-                run = self.dirty.next_run(run[0] + 1, active.end)
-            if run is not None:
-                return self.active_arrives(run[0], run[0] + 1, (run[0], run[0]))
+            settled = ~active.fresh
+            self.dirty.mask_clean(settled, active.first)
+            marked = ~(settled | active.fresh)
+            at = marked.find(1)
+            while at >= 0 and self._is_fresh(active.first + at):  # for another one
+                at = marked.find(1, at + 1)
+            if at >= 0:
+                chunk = active.first + at
+                return self.active_arrives(chunk, chunk + 1, (chunk, chunk))
         return None
+
+    def _is_fresh(self, chunk: int) -> bool:
+        """Whether a chunk is marked for an active write alone."""
+        return any(active.overlaps(chunk, chunk + 1) and active.is_fresh(chunk) for active in self._active)
 
     def take_turn(self, place: ActiveWrite) -> tuple[int, int] | None:
         """Take the chunk of a place that may begin, though others wait behind it. None where it is clean, or written."""
@@ -334,7 +348,7 @@ class SyncState:
         return dirty.dirty_bytes + copying
 
     def __repr__(self) -> str:
-        return f"<SyncState {self.dirty!r} copying={self._copying_count} writing={len(self._writing)}+{len(self._active)}>"
+        return f"<SyncState {self.dirty!r} copying={self._copying_count} writing={len(self._writing) + len(self._active)}>"
 
 
 def _runs(bits: bitarray) -> Iterator[tuple[int, int]]:

@@ -37,6 +37,7 @@ _MODULES: Final = {
     "cancel": "job",
     "dismiss": "job",
     "set-speed": "job",
+    "set-copy-mode": "job",
     "qmp": "control",
     "events": "control",
     "demo": "demo",

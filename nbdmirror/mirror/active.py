@@ -85,7 +85,8 @@ class ActiveWrites:
             return
         if not self._state.may_begin(ticket.active) and not await self._turn(ticket):
             self._recorder.withdraw(write.offset, write.length, ticket)
-            self._on_failure(self._silence())
+            if self._recorder.lines_up:
+                self._on_failure(self._silence())
             return
         self._state.active_begins(ticket.active)
         self._begun[id(write)] = ticket
@@ -98,9 +99,9 @@ class ActiveWrites:
         return self._state.may_begin(ticket.active)
 
     def advance(self) -> None:
-        """Something has let go of its chunks: whoever waited for that goes on."""
+        """Something has let go of its chunks, or writes are only marked now: whoever waited for that goes on."""
         for ticket, turn in self._waiting.items():
-            if not turn.done() and self._state.may_begin(ticket.active):
+            if not turn.done() and (self._state.may_begin(ticket.active) or not self._recorder.lines_up):
                 turn.set_result(None)
 
     async def after(self, write: Write) -> None:
@@ -117,6 +118,7 @@ class ActiveWrites:
             steps = errand.steps
             await asyncio.wait((task,), timeout=pace.PATIENCE_SECONDS)
             if not task.done() and errand.steps == steps:
+                self._state.active_is_late(ticket.active)
                 self._on_failure(self._silence())
                 return
 

@@ -152,6 +152,7 @@ class MirrorJob(Job):
     def _stop_listening(self) -> None:
         self.source.unguard(self._active)
         self.source.forget(self._recorder)
+        self._recorder.missed = True
 
     async def _prepare(self) -> None:
         copies_all = self.options.sync != "none" and self.record is None
@@ -221,6 +222,7 @@ class MirrorJob(Job):
             and not (self._pause_wanted or self._cancel_wanted)
             and self._trouble.is_over(time.monotonic())
         )
+        self._active.advance()
 
     def _settled(self, length: int) -> None:
         """So many bytes have arrived."""
@@ -244,10 +246,9 @@ class MirrorJob(Job):
 
     async def quiesce(self) -> None:
         """See Job."""
-        is_quiet = await self._transfer.quiesce()
-        for tasks in (self._active.tasks, self._flusher.tasks):
-            is_quiet = await until_quiet(self, self._trouble, tasks) and is_quiet
-        self._target_answers = is_quiet
+        self._transfer.give_back()
+        kinds = (self._transfer.tasks, self._active.tasks, self._flusher.tasks)
+        self._target_answers = await until_quiet(self, self._trouble, *kinds)
 
     def _freed(self) -> None:
         """Chunks are no longer taken: a write may be waiting for them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -13,13 +14,18 @@ if TYPE_CHECKING:
 _ABANDON_SECONDS: Final = 2.0
 
 
-async def until_quiet(job: Job, trouble: Trouble, tasks: set[asyncio.Task[None]]) -> bool:
-    """Wait until `tasks` is empty, where each task takes itself out and wakes the job. False where some had to be given up."""
-    while tasks and not job.is_to_cancel() and trouble.failure is None:
+async def until_quiet(job: Job, trouble: Trouble, *kinds: set[asyncio.Task[None]]) -> bool:
+    """Wait until all of these sets are empty at once; each task takes itself out and wakes the job.
+
+    False where some had to be given up, because the job ends and a disk does not answer.
+    """
+    while any(kinds) and not job.is_to_cancel() and trouble.failure is None:
         await job.woken()
-    if not tasks:
-        return True
-    _, late = await asyncio.wait(set(tasks), timeout=_ABANDON_SECONDS)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_ABANDON_SECONDS):
+            while any(kinds):  # what ends may begin something else: a copy that has arrived, a flush
+                await job.woken()
+    late = [task for kind in kinds for task in kind]
     for task in late:
         task.cancel()
     if late:

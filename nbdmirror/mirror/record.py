@@ -8,7 +8,8 @@ Rules:
 3. When that happens is the user's choice: LIVE at each flush of the target, so that `count` tells what is left and a job
    that was broken off in any way is resumed; ALWAYS at the end of the job, however it ends; ON_SUCCESS at the end of a job that
    succeeded, with the source drained; NEVER not at all.
-4. The bitmap is busy from the beginning to the end, and given back once whatever the end was.
+4. The bitmap is busy from the beginning to the end, and given back once whatever the end was. After that the job, which hears
+   of no write any more, does not touch it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Record:
 
     def retire(self, runs: Iterable[tuple[int, int]]) -> None:
         """A flush of the target has made these runs of chunks durable there, and nothing else holds of them."""
-        if self.keep is Keep.LIVE:
+        if self.keep is Keep.LIVE and self._user:
             for first, end in runs:
                 self.bitmap.bits.discard_chunks(first, end)
 

@@ -5,7 +5,9 @@ Rules:
    planned are given back when the guest has written to them since, so a stale status is never acted on.
 2. Whatever was taken is settled: when its copy has landed, or given back. A unit that failed is dirty again before anybody
    hears of it.
-3. What is not begun does not wait with its chunks taken: not for the rate limit, not for memory, not for the end of a pause.
+3. A chunk that is never idle is waited for in the line of active writes, within a sweep and no longer: whoever drains the
+   source waits for those writes, which would wait for the sweep.
+4. What is not begun does not wait with its chunks taken: not for the rate limit, not for memory, not for the end of a pause.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from typing import TYPE_CHECKING, Final
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import ExtentList
 from nbdmirror.mirror.plan import Copy, Unit, plan
-from nbdmirror.mirror.quiet import until_quiet
 from nbdmirror.mirror.throttle import Throttle
 from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.units import GiB, KiB
@@ -70,7 +71,7 @@ class Transfer:
         self._on_free = on_free
         # In descending order: the next one is the last.
         self._planned: list[Unit] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
         # Where active writes leave nothing idle that is dirty.
         self._place: ActiveWrite | None = None
         # Bytes of data that the units in flight may hold in memory.
@@ -79,7 +80,7 @@ class Transfer:
     @property
     def in_flight(self) -> int:
         """How many units are being copied."""
-        return len(self._tasks)
+        return len(self.tasks)
 
     @property
     def is_in_line(self) -> bool:
@@ -98,11 +99,12 @@ class Transfer:
             await self.rest()
             begun += self._take_turn()
             unit = None if budget is not None and begun >= budget else await self._next_unit()
+            if unit is None and not self.tasks and self._place is None:
+                self._give_back_planned()
+                return begun
             if unit is None:
-                if not self._tasks:
-                    self._give_back_planned()
-                    return begun
-                await self._job.woken()
+                if not self._has_turn():  # which may have come while the status was asked for
+                    await self._job.woken()
             elif self._is_full_for(unit):
                 self._planned.append(unit)
                 await self._job.woken()
@@ -118,7 +120,7 @@ class Transfer:
         """Stay here while the job is paused, or waits for a disk to recover. Raises Cancelled and CopyFailed."""
         while True:
             await self._job.pause_point()
-            await self._check()
+            self._check()
             delay = self._trouble.delay(time.monotonic())
             if not delay:
                 return
@@ -132,7 +134,7 @@ class Transfer:
         """
         while True:
             self._job.cancel_point()
-            await self._check()
+            self._check()
             self._take_turn()
             left = deadline - time.monotonic()
             unit = None if left < 0 or self.is_to_rest() else await self._next_unit()
@@ -141,18 +143,19 @@ class Transfer:
                 continue
             if unit is not None:
                 self._planned.append(unit)
-            if not self._tasks or left + grace < 0:
+            if not self.tasks or left + grace < 0:
+                self._leave_line()
                 self._give_back_planned()
                 return
-            await self._job.nap(left + grace if unit is None else left)
+            if not self._has_turn():
+                await self._job.nap(left + grace if unit is None else left)
 
     def is_to_rest(self) -> bool:
         """Whether there is something to wait for: the end of a pause, or a disk to recover."""
         return self._job.is_to_pause() or self._trouble.failure is not None or self._trouble.delay(time.monotonic()) > 0
 
-    async def _check(self) -> None:
+    def _check(self) -> None:
         if self._trouble.failure is not None:
-            await self.quiesce()
             raise self._trouble.failure
 
     def _delay(self, unit: Unit) -> float:
@@ -160,7 +163,7 @@ class Transfer:
 
     def _is_full_for(self, unit: Unit) -> bool:
         options = self._copier.options
-        return len(self._tasks) >= options.requests or 0 < self._buffered > options.buffer - unit.data_length
+        return len(self.tasks) >= options.requests or 0 < self._buffered > options.buffer - unit.data_length
 
     # --- what is next ----------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class Transfer:
     def _take_turn(self) -> int:
         """Copy the chunk that was waited for, if its turn has come: at once, for others wait behind. Returns its bytes."""
         place, dirty = self._place, self._state.dirty
-        if place is None or (dirty.is_dirty(place.first) and not self._state.may_begin(place)):
+        if place is None or not self._has_turn():
             return 0
         self._place = None
         run = self._state.take_turn(place)
@@ -196,10 +199,16 @@ class Transfer:
         self._launch(Unit(offset, length, (Copy(offset, length),)))
         return length
 
+    def _has_turn(self) -> bool:
+        """Whether the chunk that was waited for can be taken, or has been covered meanwhile."""
+        place = self._place
+        return place is not None and (self._state.may_begin(place) or not self._state.dirty.is_dirty(place.first))
+
     def _leave_line(self) -> None:
         if self._place is not None:
             self._state.leave_line(self._place)
             self._place = None
+            self._on_free()
 
     async def _plan(self, first: int, end: int) -> None:
         dirty = self._state.dirty
@@ -244,11 +253,11 @@ class Transfer:
     def _launch(self, unit: Unit) -> None:
         self._buffered += unit.data_length
         task = asyncio.get_running_loop().create_task(self._copy(unit))
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(self._landed)
 
     def _landed(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         self._job.wake()
 
     async def _copy(self, unit: Unit) -> None:
@@ -270,8 +279,7 @@ class Transfer:
         else:
             self._on_success(unit.length)
 
-    async def quiesce(self) -> bool:
-        """Give back what was not begun, and wait for what was; False where that had to be given up."""
+    def give_back(self) -> None:
+        """Let go of everything that was not begun."""
         self._leave_line()
         self._give_back_planned()
-        return await until_quiet(self._job, self._trouble, self._tasks)

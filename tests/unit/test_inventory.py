@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from nbdmirror.commands.block import BlockCommands
+from nbdmirror.commands.job import JobCommands
 from nbdmirror.commands.mirror import BlockdevMirror, DriveMirror, MirrorCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.memory import MemoryDevice
-from nbdmirror.errors import InactiveError, NotFoundError, StateError
+from nbdmirror.errors import DeviceError, InactiveError, NotFoundError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.server.export import Export
 from tests.support.fakes import settled
@@ -173,6 +175,35 @@ async def test_mirror_and_complete_between_two_nodes() -> None:
     assert not cast("Closing", target.disk).closed
     await rig.inventory.remove_node("source")
     assert cast("Closing", rig.source.disk).closed
+
+
+async def test_completing_in_place_seals_the_source() -> None:
+    rig = Rigged()
+    target = rig.add("target")
+    rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="full"))
+    while not rig.inventory.jobs["j"].is_ready:
+        await asyncio.sleep(0)
+    await rig.export.device.pwrite(b"last", 0)
+    JobCommands(rig.inventory).job_complete("j", x_pivot=False)
+    await rig.ended("j")
+    assert rig.export.device is rig.source.device
+    assert rig.export.read_only
+    assert rig.source.is_read_only
+    assert cast("Closing", target.disk).data == cast("Closing", rig.source.disk).data
+    for write in (rig.export.device.pwrite(b"x", 0), rig.export.device.zero(0, 1), rig.export.device.trim(0, 1)):
+        with pytest.raises(DeviceError) as caught:
+            await write
+        assert caught.value.errno == errno.EPERM
+    with pytest.raises(DeviceError):
+        rig.export.device.pwrite_now(b"x", 0)
+    buffer = bytearray(4)
+    await rig.export.device.pread(buffer, 0)
+    assert buffer == b"last"
+    await rig.export.device.flush()
+    rig.add("third")
+    rig.inventory.exports.clear()
+    with pytest.raises(StateError, match=r"^Block node is read-only$"):
+        rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="k", device="third", target="source", sync="full"))
 
 
 @pytest.mark.parametrize(

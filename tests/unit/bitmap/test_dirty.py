@@ -263,7 +263,7 @@ def test_what_is_being_written_stays_on_record_by_itself() -> None:
 def test_recorder_turns_bytes_into_chunks_and_wakes() -> None:
     state = SyncState(bitmap())
     woken: list[tuple[int, int] | None] = []
-    recorder = WriteRecorder(state, lambda: woken.append(state.take(10)))
+    recorder = WriteRecorder(state, lambda: woken.append(state.take(10)), lambda _first, _end: None)
     recorder.write_begins(GRAIN - 1, 2)
     assert dirty_chunks(state.dirty) == [0, 1]
     assert woken == []

@@ -252,3 +252,15 @@ async def test_disabled_bitmap_gets_what_was_not_copied() -> None:
     rig.job.cancel()
     await rig.until("null")
     assert rig.recorded() == {6}
+
+
+@pytest.mark.parametrize("keep", Keep)
+async def test_flush_that_ends_after_the_job_takes_nothing_off(keep: Keep) -> None:
+    rig = rig_with(keep, marked=[])
+    await rig.ready()
+    rig.job.cancel()
+    await ended(rig)
+    await rig.device.pwrite(b"unheard of", 0)
+    assert rig.job.record is not None
+    rig.job.record.retire([(0, 8)])
+    assert rig.recorded() == {0}

@@ -261,7 +261,9 @@ async def test_writes_are_only_marked_until_the_target_is_known() -> None:
     MemoryDevice.pwrite_now(rig.source, bytes(SIZE), 0)
     rig.start()
     asking = await rig.target.next()
-    await rig.device.pwrite(b"early", 2 * CHUNK)
+    for mode in (CopyMode.BACKGROUND, CopyMode.WRITE_BLOCKING):
+        rig.job.change(mode)
+    await rig.device.pwrite(b"E" * CHUNK, 2 * CHUNK)
     assert rig.target.named("pwrite") == []
     asking.finish()
     await rig.until("BLOCK_JOB_READY")

@@ -360,3 +360,14 @@ async def test_turn_that_ends_with_requests_in_flight_is_not_the_end(monkeypatch
     assert not rig.device.is_drained
     await rig.release()
     assert rig.job.state.is_synced
+
+
+async def test_job_that_is_to_pause_holds_no_guest_turn_after_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "CLOSE_IN_TURNS", 10**9)
+    monkeypatch.setattr(pace, "CLOSING_IN", 2)
+    rig = Rig(data=FULL)
+    rig.job.state.dirty.fill()
+    rig.job._pause_wanted = True
+    async with asyncio.timeout(BOUND):
+        assert not await rig.job._convergence._close_in()
+    assert rig.target.calls == []
