@@ -60,7 +60,8 @@ async def serve(options: ServeOptions) -> int:
     async with AsyncExitStack() as stack:
         daemon = Daemon(options)
         await daemon.set_up(stack)
-        return await daemon.wait()
+        await daemon.wait()
+    return daemon.exit_status
 
 
 class Daemon:
@@ -76,7 +77,7 @@ class Daemon:
         self._monitor = Monitor(self._registry)
         self._stop = asyncio.Event()
         self._reason = "host-qmp-quit"
-        self._exit_status = 0
+        self.exit_status = 0  # also of what fails at the end
         self._endpoints: list[NbdEndpoint] = []
 
     async def set_up(self, stack: AsyncExitStack) -> None:
@@ -134,7 +135,7 @@ class Daemon:
             commands.register(registry)
         return exports
 
-    async def wait(self) -> int:
+    async def wait(self) -> None:
         """Serve until a signal, `quit`, or the end of the command that was to be run."""
         if self._options.run is None:
             await self._stop.wait()
@@ -143,7 +144,6 @@ class Daemon:
         _log.info("shutting down")
         systemd.notify("STOPPING=1")
         self._monitor.emit("SHUTDOWN", {"guest": False, "reason": self._reason})
-        return self._exit_status
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -205,8 +205,8 @@ class Daemon:
             with suppress(ProcessLookupError):
                 process.terminate()
         status = await ended
-        self._exit_status = status if status >= 0 else 128 - status
-        _log.info("%s ended with status %d", shlex.quote(command), self._exit_status)
+        self.exit_status = status if status >= 0 else 128 - status
+        _log.info("%s ended with status %d", shlex.quote(command), self.exit_status)
 
     def _environment(self) -> dict[str, str]:
         """Our own, with the addresses; without what would let the command speak to the service manager in our name."""
@@ -240,7 +240,7 @@ class Daemon:
                         await node.disk.flush()
             except (DeviceError, TimeoutError) as error:
                 _log.error("what was written last may not be durable: %s", error or f"{node.disk.name} does not answer")
-                self._exit_status = self._exit_status or 1
+                self.exit_status = self.exit_status or 1
             await node.disk.aclose()
 
 

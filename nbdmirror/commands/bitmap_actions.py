@@ -137,9 +137,13 @@ class Done:
         """Take it back."""
         self._undo()
 
+    async def settle(self, keeper: BitmapKeeper) -> None:
+        """Make what the bitmap is now last; raises NbdMirrorError."""
+        await keeper.settle(self._bitmap)
+
     async def commit(self, keeper: BitmapKeeper) -> None:
         """Make it last; raises NbdMirrorError."""
-        await keeper.settle(self._bitmap)
+        await self.settle(keeper)
 
 
 class Added(Done):
@@ -180,7 +184,10 @@ class BitmapActions:
         done: list[Done] = []
         try:
             for action in actions:
-                done.append(await self._do(action))  # noqa: PERF401  those that were done are undone
+                if isinstance(action, ClearAction | RemoveAction):  # what it forgets may be in what was merged before
+                    for step in done:
+                        await step.settle(self._inventory.keeper)
+                done.append(await self._do(action))
         except BaseException:
             for step in reversed(done):
                 await step.undo(self._inventory.keeper)

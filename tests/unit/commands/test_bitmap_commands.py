@@ -103,10 +103,28 @@ async def test_all_of_a_transaction_is_committed_even_if_some_of_it_does_not_las
     rig.shelf.broken = "settle"
     actions = [
         {"type": f"block-dirty-bitmap-{verb}", "data": {"node": "a", "name": name}}
-        for verb, name in (("clear", "p"), ("remove", "q"))
+        for verb, name in (("clear", "p"), ("disable", "q"))
     ]
     assert await rig.refused("transaction", actions=actions) == "the shelf is broken"
-    assert rig.shelf.kept == ["p"]
+    assert not rig.inventory.bitmap("a", "q")[1].recording
+
+
+@pytest.mark.parametrize("loses", ["clear", "remove"])
+async def test_what_was_merged_lasts_before_its_source_is_lost(loses: str) -> None:
+    rig = BitmapRig()
+    for name in ("p", "q"):
+        await rig.bitmap("add", name, persistent=True)
+    rig.inventory.bitmap("a", "p")[1].bits.add(0, 1)
+    merge = {"type": "block-dirty-bitmap-merge", "data": {"node": "a", "target": "q", "bitmaps": ["p"]}}
+    actions = [merge, {"type": f"block-dirty-bitmap-{loses}", "data": {"node": "a", "name": "p"}}]
+    before = rig.state()
+    rig.shelf.broken = "settle"
+    assert await rig.refused("transaction", actions=actions) == "the shelf is broken"
+    assert (rig.state(), rig.shelf.kept) == (before, ["p", "q"])
+    rig.shelf.broken = ""
+    rig.shelf.settled.clear()
+    await rig.ask("transaction", actions=actions)
+    assert rig.shelf.settled[0] == "q"
 
 
 async def test_more_bits_than_there_is_memory() -> None:
