@@ -137,13 +137,21 @@ class Done:
         """Take it back."""
         self._undo()
 
-    async def settle(self, keeper: BitmapKeeper) -> None:
-        """Make what the bitmap is now last; raises NbdMirrorError."""
-        await keeper.settle(self._bitmap)
+    async def before_losses(self, keeper: BitmapKeeper) -> None:
+        """Make last what a later action takes away elsewhere; raises NbdMirrorError."""
 
     async def commit(self, keeper: BitmapKeeper) -> None:
         """Make it last; raises NbdMirrorError."""
-        await self.settle(keeper)
+        await keeper.settle(self._bitmap)
+
+
+class Merged(Done):
+    """A bitmap that has the marks of others, which they may lose next."""
+
+    async def before_losses(self, keeper: BitmapKeeper) -> None:
+        """See Done."""
+        if self._bitmap.persistent:
+            await keeper.settle(self._bitmap)
 
 
 class Added(Done):
@@ -186,7 +194,7 @@ class BitmapActions:
             for action in actions:
                 if isinstance(action, ClearAction | RemoveAction):  # what it forgets may be in what was merged before
                     for step in done:
-                        await step.settle(self._inventory.keeper)
+                        await step.before_losses(self._inventory.keeper)
                 done.append(await self._do(action))
         except BaseException:
             for step in reversed(done):
@@ -272,7 +280,7 @@ class BitmapActions:
         saved = target.bits.snapshot()
         for source in sources:
             target.bits.merge(source.bits)
-        return Done(target, partial(target.bits.restore, saved))
+        return Merged(target, partial(target.bits.restore, saved))
 
 
 def _bits(node: Node, granularity: int) -> DirtyBitmap:

@@ -132,7 +132,7 @@ async def test_who_has_gone_leaves_no_task_session_or_buffer(tmp_path: Path, soc
         await asyncio.sleep(0.01)
     gc.collect()
     assert [each for each in gc.get_objects() if isinstance(each, Session)] == []
-    assert export.clients == 0
+    assert not export.sessions
     await listener.aclose()
     await device.aclose()
 

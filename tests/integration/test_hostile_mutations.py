@@ -202,7 +202,7 @@ async def test_a_listener_and_another_disk(
         async with asyncio.timeout(20):
             while len(listener._sessions) > 1 or asyncio.all_tasks() != tasks:
                 await asyncio.sleep(0.01)
-        assert (victim.in_flight, exports[""].clients, exports["witness"].clients) == (0, 0, 1)
+        assert (victim.in_flight, len(exports[""].sessions), len(exports["witness"].sessions)) == (0, 0, 1)
         gc.collect()
         assert len([each for each in gc.get_objects() if isinstance(each, Session)]) == 1
     await listener.aclose()
