@@ -19,22 +19,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror import __version__, systemd
+from nbdmirror.commands.bitmap import BitmapCommands
+from nbdmirror.commands.bitmap_actions import BitmapActions
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
+from nbdmirror.commands.export import SERVED_EXPORT, ExportCommands
 from nbdmirror.commands.job import JobCommands
 from nbdmirror.commands.mirror import MirrorCommands
+from nbdmirror.commands.nbd_server import NbdServerCommands
+from nbdmirror.commands.object import ObjectCommands
+from nbdmirror.commands.transaction import TransactionCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
-from nbdmirror.inventory import Inventory, Node
+from nbdmirror.inventory import Inventory, LiveBitmaps, Node
 from nbdmirror.launch import check_writable, pid_file, tell_background, write_line
-from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener, allow_many_files
-from nbdmirror.serving import access_of, check_exposure, check_names, endpoint_of, server_sockets, tls_of
+from nbdmirror.server.nbd_server import BlockExport
+from nbdmirror.serving import access_of, check_exposure, check_names, server_sockets, tls_of
+from nbdmirror.state import set_up_bitmaps
 
 if TYPE_CHECKING:
     from nbdmirror.devices.uri import NbdEndpoint
@@ -83,16 +90,22 @@ class Daemon:
         stack.push_async_callback(self._close_nodes)
         self._watch(stack)  # before there is anything that a signal could leave behind
         node = inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
-        inventory.exports[options.export_name] = Export(
-            options.export_name, node.device, description=options.description, read_only=options.read_only
+        await disk.lock()
+        stores = await set_up_bitmaps(stack, node, options.state)
+        inventory.keeper = stores or inventory.keeper
+        export = Export(
+            options.export_name,
+            node.device,
+            description=options.description,
+            read_only=options.read_only,
+            bitmaps=LiveBitmaps(inventory, node.device),
         )
-        BlockCommands(inventory).register(self._registry)
-        JobCommands(inventory).register(self._registry)
-        MirrorCommands(inventory, self._monitor.emit).register(self._registry)
-        ControlCommands(self._stop.set).register(self._registry)
+        exports = self._register_commands()
         stack.push_async_callback(self._monitor.aclose)
-        listener = self._listen(stack)
+        listener = self._listen(stack, export)
+        stack.push_async_callback(exports.aclose)
         inventory.own_uris.update(endpoint.uri for endpoint in self._endpoints)
+        inventory.exports[SERVED_EXPORT] = BlockExport(SERVED_EXPORT, export, self._uri)
         for path in options.qmp_paths:
             await self._monitor.listen(path)
         for passed in options.activated.control:
@@ -102,6 +115,24 @@ class Daemon:
             stack.enter_context(pid_file(options.pid_file))
         await listener.start()
         self._say_ready()
+
+    def _register_commands(self) -> ExportCommands:
+        registry, inventory, emit = self._registry, self._inventory, self._monitor.emit
+        actions = BitmapActions(inventory)
+        exports = ExportCommands(inventory, emit)
+        for commands in (
+            BlockCommands(inventory),
+            BitmapCommands(inventory, actions),
+            TransactionCommands(inventory, actions),
+            exports,
+            NbdServerCommands(inventory, exports),
+            ObjectCommands(inventory),
+            JobCommands(inventory),
+            MirrorCommands(inventory, emit),
+            ControlCommands(registry, self._stop.set),
+        ):
+            commands.register(registry)
+        return exports
 
     async def wait(self) -> int:
         """Serve until a signal, `quit`, or the end of the command that was to be run."""
@@ -116,14 +147,12 @@ class Daemon:
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
-    def _listen(self, stack: AsyncExitStack) -> Listener:
+    def _listen(self, stack: AsyncExitStack, export: Export) -> Listener:
         options = self._options
-        sockets = server_sockets(options)
-        exports, limit = self._inventory.exports, options.max_clients
-        listener = Listener(sockets, exports, max_clients=limit, tls=self._tls, access=self._access)
+        sockets, limit = server_sockets(options), options.max_clients
+        listener = Listener(sockets, {export.name: export}, max_clients=limit, tls=self._tls, access=self._access)
         stack.push_async_callback(listener.aclose)
-        tls = self._tls.mode is TlsMode.REQUIRE
-        self._endpoints = [endpoint_of(each, options.export_name, tls=tls) for each in sockets]
+        self._endpoints = listener.endpoints(export.name)
         return listener
 
     @property
@@ -203,6 +232,8 @@ class Daemon:
 
     async def _close_nodes(self) -> None:
         for node in self._inventory.nodes.values():
+            if node.child is not None:
+                continue
             try:
                 if not node.disk.capabilities.read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):

@@ -8,16 +8,16 @@ Rules:
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from nbdmirror.devices.uri import DEFAULT_PORT, ClientTls, NbdEndpoint
+from nbdmirror.devices.uri import DEFAULT_PORT
 from nbdmirror.errors import UsageError
 from nbdmirror.protocol.constants import MAX_STRING, TlsMode
 from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
-from nbdmirror.sockets import listen_tcp, listen_unix, listen_vsock, vsock_cid
+from nbdmirror.sockets import listen_tcp, listen_unix, listen_vsock
+from nbdmirror.state import StateOptions
 from nbdmirror.systemd import Activated
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class ServeOptions:
     tls_psk: str | None = None
     allow_ip: tuple[str, ...] = ()
     allow_dn: tuple[str, ...] = ()
+    state: StateOptions = field(default_factory=StateOptions)
 
     @property
     def is_tcp(self) -> bool:
@@ -99,18 +100,6 @@ def server_sockets(options: ServeOptions) -> Sequence[ServerSocket]:
         return [listen_vsock(*options.vsock)]
     port = DEFAULT_PORT if options.port is None else options.port
     return [listen_tcp(options.bind or _LOOPBACK, port)]
-
-
-def endpoint_of(server: ServerSocket, export: str, *, tls: bool) -> NbdEndpoint:
-    """Where clients find an export of a listening socket."""
-    address = server.sock.getsockname()
-    if server.sock.family == socket.AF_UNIX:
-        endpoint = NbdEndpoint.unix(str(Path(address).absolute()), export)
-    elif _is_tcp(server):
-        endpoint = NbdEndpoint.tcp(address[0], address[1], export)
-    else:
-        endpoint = NbdEndpoint("vsock", host=str(vsock_cid(server.sock)), port=address[1], export=export)
-    return replace(endpoint, tls=ClientTls() if tls else None)
 
 
 def tls_of(options: ServeOptions) -> Tls:

@@ -173,7 +173,7 @@ def _listener_behind(probe: socket.socket) -> str:
 
 
 def _refusal(path: str, reason: str) -> ListenError:
-    return ListenError(f"cannot listen on socket '{path}': {reason}")
+    return ListenError(f"socket '{path}'", reason)
 
 
 def widen_unix_send_buffer(fd: int) -> None:
@@ -194,7 +194,7 @@ def listen_tcp(host: str, port: int) -> ServerSocket:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ListenError(f"cannot listen on '{host}': {error.strerror}") from None
+        raise ListenError(f"'{host}'", error.strerror) from None
     family, kind, proto, _, address = found[0]
     sock = socket.socket(family, kind, proto)
     try:
@@ -203,7 +203,7 @@ def listen_tcp(host: str, port: int) -> ServerSocket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        raise ListenError(f"{host} port {port}", error.strerror) from None
     return ServerSocket(sock)
 
 
@@ -214,13 +214,13 @@ def listen_vsock(cid: int | None, port: int) -> ServerSocket:
         sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     except OSError as error:
         remedy = "this kernel has no vsock: load vhost_vsock on a virtual machine's host, or vsock_loopback"
-        raise ListenError(f"cannot listen on {where} ({error.strerror}); {remedy}") from None
+        raise ListenError(where, f"{error.strerror}; {remedy}") from None
     try:
         sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"cannot listen on {where}: {error.strerror}") from None
+        raise ListenError(where, error.strerror) from None
     return ServerSocket(sock)
 
 

@@ -38,6 +38,8 @@ _MODULES: Final = {
     "dismiss": "job",
     "set-speed": "job",
     "set-copy-mode": "job",
+    "bitmap": "bitmap",
+    "export": "export",
     "qmp": "control",
     "events": "control",
     "demo": "demo",

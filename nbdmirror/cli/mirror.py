@@ -50,6 +50,21 @@ ON_ERROR: Final = ("report", "ignore", "enospc", "stop", "auto")
     help="When the target fails: the same.",
 )
 @click.option("--buffer", "buf_size", type=SIZE, metavar="SIZE", help="The most data in flight.  [default: 16M]")
+@click.option(
+    "--reconnect",
+    type=click.IntRange(0),
+    metavar="SECONDS",
+    help="When the target is lost, wait for it for so long.  [default: as long as it takes]",
+)
+@click.option(
+    "--request-timeout",
+    type=click.IntRange(0),
+    metavar="SECONDS",
+    default=10,
+    show_default=True,
+    help="A target that is silent for so long is lost; ten times as long where it has to wait for its disk (0: never).",
+)
+@click.option("--tls-no-verify", is_flag=True, help="Take any server with TLS for the target, also where it can't be verified.")
 @click.option("--unmap/--no-unmap", default=True, help="Let zeroes become holes on the target (the default).")
 @click.option("--progress", "-P", is_flag=False, flag_value="", metavar="[=FD]", help="Write N/100 lines to FD.")
 @click.option("--background", is_flag=True, help="Return as soon as the job has started.")
@@ -68,6 +83,9 @@ def mirror(
     on_source_error: str,
     on_target_error: str,
     buf_size: int | None,
+    reconnect: int | None,
+    request_timeout: int,
+    tls_no_verify: bool,
     unmap: bool,
     progress: str | None,
     background: bool,
@@ -95,11 +113,13 @@ def mirror(
         "on-target-error": on_target_error,
         "unmap": unmap,
         "target-is-zero": target_is_zero,
+        "x-tls-verify": not tls_no_verify,
+        "x-request-timeout": request_timeout,
         "x-connections": connections,
         "x-requests": requests,
         "x-request-size": request_size,
     }
-    optional = {"bitmap": bitmap, "granularity": granularity, "buf-size": buf_size}
+    optional = {"bitmap": bitmap, "granularity": granularity, "buf-size": buf_size, "x-reconnect": reconnect}
     arguments.update((name, value) for name, value in optional.items() if value is not None)
 
     async def work(client: ControlClient) -> str:

@@ -9,11 +9,12 @@ Rules:
 from __future__ import annotations
 
 import os
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import uvloop
 
+from nbdmirror.cli.bitmap_options import state_options
 from nbdmirror.cli.logs import log_options
 from nbdmirror.cli.options import WORD
 from nbdmirror.daemon import serve as run_daemon
@@ -22,6 +23,9 @@ from nbdmirror.launch import into_background, open_parent
 from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.serving import ServeOptions
 from nbdmirror.systemd import take_sockets
+
+if TYPE_CHECKING:
+    from nbdmirror.state import StateOptions
 
 _MAX_U32: Final = 2**32 - 1
 
@@ -80,6 +84,7 @@ class _Vsock(click.ParamType[tuple[int | None, int]]):
 )
 @click.option("--node-name", default="source", show_default=True, help="The disk's name in the control language.")
 @click.option("--qmp", type=WORD, multiple=True, metavar="PATH", help="A control socket (QMP); repeatable.")
+@state_options
 @click.option("--run", metavar="COMMAND", help="Run COMMAND with $uri and $qmp set; stop when it ends, with its status.")
 @click.option("--fork", is_flag=True, help="Return once it listens, and go on in the background.")
 @click.option("--exit-with-parent", is_flag=True, help="Stop when the process that started it ends.")
@@ -111,6 +116,7 @@ def serve(
     exit_with_parent: bool,
     ready_fd: int | None,
     pid_file: str | None,
+    state: StateOptions,
 ) -> int:
     """Export DISK (a raw file, a block device or an NBD URI) and track its writes.
 
@@ -151,6 +157,7 @@ def serve(
         tls_psk=tls_psk,
         allow_ip=allow_ip,
         allow_dn=allow_dn,
+        state=state,
     )
     return uvloop.run(run_daemon(options))
 

@@ -33,9 +33,11 @@ class JobCommands:
         registry.command("job-complete")(self.job_complete)
         for verb in ("pause", "resume", "finalize", "dismiss"):
             act = methodcaller(verb)
-            registry.command(f"block-job-{verb}")(self._by_device(act))
-            registry.command(f"job-{verb}")(self._by_id(act))
-        registry.command("job-cancel")(self._by_id(methodcaller("cancel")))
+            # The younger two verbs of the older family call the job's id by its name.
+            by_name = self._by_id(act, self._inventory.block_job)
+            registry.command(f"block-job-{verb}")(by_name if verb in ("finalize", "dismiss") else self._by_device(act))
+            registry.command(f"job-{verb}")(self._by_id(act, self._inventory.job))
+        registry.command("job-cancel")(self._by_id(methodcaller("cancel"), self._inventory.job))
 
     def _by_device(self, act: Callable[[Job], None]) -> Callable[[str], None]:
         """A verb of the block-job-* family, which calls the job's id `device`."""
@@ -45,11 +47,11 @@ class JobCommands:
 
         return handler
 
-    def _by_id(self, act: Callable[[Job], None]) -> Callable[[str], None]:
-        """A verb of the job-* family."""
+    def _by_id(self, act: Callable[[Job], None], find: Callable[[str], Job]) -> Callable[[str], None]:
+        """A verb that calls the job's id `id`."""
 
         def handler(id_: str) -> None:
-            act(self._inventory.job(id_))
+            act(find(id_))
 
         return handler
 

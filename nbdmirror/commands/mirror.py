@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from nbdmirror.commands.block import DEFAULT_CONNECTIONS
+from nbdmirror.commands.block import DEFAULT_CONNECTIONS, DEFAULT_REQUEST_TIMEOUT
 from nbdmirror.devices.file import FileDevice
+from nbdmirror.devices.nbd import NbdDevice
+from nbdmirror.devices.nbd_link import Link, LinkOptions
 from nbdmirror.devices.open import open_device
 from nbdmirror.errors import NbdMirrorError, StateError
 from nbdmirror.inventory import Inventory, Node
@@ -23,6 +25,8 @@ from nbdmirror.qmp.schema import NonNegative, Positive, UInt32
 
 # Guests give a disk up after 30 s.
 DEFAULT_PENDING_SECONDS: Final = 20
+# Once a guest's disk is the target, its requests are held for so long when the target is lost.
+_HOLD_SECONDS: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +34,7 @@ class MirrorArguments:
     """What both commands take. `buf_size` bounds the data in flight, in bytes; 0 is the default.
 
     `x_pending_timeout` is how long a job that waits to be finalized holds the guest, in seconds; 0: as long as it takes.
+    `x_reconnect` is how long a target that is lost is waited for, in seconds; None: as the node says, or as long as it takes.
     """
 
     job_id: str | None = None
@@ -50,6 +55,7 @@ class MirrorArguments:
     x_requests: Positive = DEFAULT_REQUESTS
     x_request_size: Positive = DEFAULT_REQUEST_SIZE
     x_pending_timeout: NonNegative = DEFAULT_PENDING_SECONDS
+    x_reconnect: UInt32 | None = None
 
     def options(self, *, unmap: bool) -> MirrorOptions:
         """How to mirror; raises StateError."""
@@ -61,6 +67,7 @@ class MirrorArguments:
             target_is_zero=self.target_is_zero,
             pending_seconds=self.x_pending_timeout or None,
             copy_mode=self.copy_mode,
+            reconnect_seconds=self.x_reconnect,
             on_source_error=self.on_source_error,
             on_target_error=self.on_target_error,
             copy=CopyOptions(
@@ -81,13 +88,18 @@ class BlockdevMirror(MirrorArguments):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DriveMirror(MirrorArguments):
-    """drive-mirror: `target` is a path or URI. Disks are never probed, so `format` chooses nothing; nor are targets created."""
+    """drive-mirror: `target` is a path or URI. Disks are never probed, so `format` chooses nothing; nor are targets created.
+
+    `x_request_timeout` is how long its server may be silent, in seconds, 0: for ever. Without `x_tls_verify` any will do.
+    """
 
     format_: Literal["raw", "nbd"] = "raw"
     node_name: str | None = None
     mode: Literal["existing"]
     unmap: bool = True
     x_connections: Positive = DEFAULT_CONNECTIONS
+    x_request_timeout: UInt32 = DEFAULT_REQUEST_TIMEOUT
+    x_tls_verify: bool = True
 
 
 class MirrorCommands:
@@ -106,7 +118,10 @@ class MirrorCommands:
     def blockdev_mirror(self, wanted: BlockdevMirror, /) -> None:
         """Mirror one node to another."""
         source, target = self._inventory.node(wanted.device), self._inventory.node(wanted.target)
-        self._start(wanted, source, target, wanted.options(unmap=wanted.x_unmap))
+        options = wanted.options(unmap=wanted.x_unmap)
+        if options.reconnect_seconds is None:
+            options = replace(options, reconnect_seconds=_base(target).reconnect_seconds)
+        self._start(wanted, source, target, options)
 
     async def drive_mirror(self, wanted: DriveMirror, /) -> None:
         """Mirror a node to a path or URI, which is opened for the job and closed with it, unless it was pivoted to."""
@@ -116,7 +131,9 @@ class MirrorCommands:
         name = wanted.node_name or self._inventory.implicit_name()
         if wanted.node_name is not None:
             self._inventory.check_node_name(wanted.node_name)
-        disk = await open_device(wanted.target, connections=wanted.x_connections)
+        link = LinkOptions(_HOLD_SECONDS, request_timeout=wanted.x_request_timeout or None)
+        connections, verify = wanted.x_connections, wanted.x_tls_verify
+        disk = await open_device(wanted.target, connections=connections, link=link, tls_verify=verify)
         target = Node(name, "file" if isinstance(disk, FileDevice) else "nbd", disk, implicit=True)
         try:
             if wanted.node_name is not None:  # another client may have taken the name, or removed the source, meanwhile
@@ -150,6 +167,7 @@ class MirrorCommands:
             pivot=lambda: self._inventory.pivot(source, target),
             seal=lambda: self._inventory.seal(source),
             options=options,
+            link=_link(target),
             record=record,
             speed=wanted.speed,
             auto_finalize=wanted.auto_finalize,
@@ -185,6 +203,18 @@ class MirrorCommands:
             task = asyncio.get_running_loop().create_task(target.disk.aclose())
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)
+
+
+def _base(node: Node) -> Node:
+    """The node of the disk itself."""
+    while node.child is not None:
+        node = node.child
+    return node
+
+
+def _link(node: Node) -> Link | None:
+    disk = _base(node).disk
+    return disk.link if isinstance(disk, NbdDevice) else None
 
 
 def _is_same_file(one: Node, other: Node) -> bool:

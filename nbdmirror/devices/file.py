@@ -3,9 +3,10 @@
 Rules:
 1. What can wait for a disk runs in the device's own threads; the event loop only does what the page cache answers at once.
 2. Reads try the page cache (RWF_NOWAIT). Small writes go into it inline, but their latency is watched: when the kernel
-   makes one wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, which is
-   long enough that this disk holds the loop up for a hundredth of the time at most. A write that is stuck in a thread
-   already, or a zeroing or trimming, which may lock the file against all others, keeps them there, too.
+   makes them wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, which is
+   long enough that this disk holds the loop up for a hundredth of the time at most. A process that was merely preempted is
+   no stalled disk: it did not give the processor up by itself, and the kernel counts the two apart. A write that is stuck
+   in a thread already, or a zeroing or trimming, which may lock the file against all others, keeps them there, too.
 3. Zeroing prefers holes, then unwritten extents, then written zeroes; with FAST_ZERO the last is refused with ENOTSUP
    before anything has changed. NO_HOLE keeps the range allocated.
 4. The size is what it was when the device was opened; nothing here grows or shrinks a file.
@@ -17,6 +18,7 @@ import asyncio
 import errno
 import itertools
 import os
+import resource
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdmirror.devices import linux
 from nbdmirror.devices.base import BlockDevice, Capabilities, Limits
+from nbdmirror.devices.identity import identity_of_block_device, identity_of_file
+from nbdmirror.devices.lock import lock
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, HOLE, ZERO, ExtentList
 from nbdmirror.protocol.constants import FAST_ZERO, FUA, NO_HOLE
@@ -38,9 +42,10 @@ T = TypeVar("T")
 # A copy of 1 MiB between page cache and buffer takes about 0.2 ms: the longest that one request may hold the loop.
 INLINE_MAX: Final = MiB
 # A write into the page cache takes microseconds; one that takes this long was made to wait, or this process was preempted.
-# Two of them close together are taken for a disk that stalls.
+# For as long as _WATCH_SECONDS after it the kernel is asked before and after each write whether the thread has slept in it
+# (1 us a write), and one that is as slow because of that moves the writes to the threads.
 _STALL_SECONDS: Final = 0.005
-_STRIKE_SECONDS: Final = 0.2
+_WATCH_SECONDS: Final = 2.0
 _QUIET_SECONDS: Final = 1.0
 # Nothing but a disk makes a write take this long; and as many times as long is the quiet time after a stall.
 _CERTAIN_SECONDS: Final = 0.05
@@ -69,8 +74,8 @@ class FileDevice(BlockDevice):
         # tmpfs refuses RWF_NOWAIT (seen with Linux 6.18) and needs it least: its data is in memory already.
         self._read_flags = 0 if linux.lives_in_memory(fd) else os.RWF_NOWAIT
         self._reads_inline = True
+        self._watched_until = 0.0
         self._stalled_until = 0.0
-        self._last_strike = 0.0
         # When what is in the threads was begun, oldest first; and how many of those lock the file.
         self._writing: dict[int, float] = {}
         self._tokens = itertools.count()
@@ -124,6 +129,7 @@ class FileDevice(BlockDevice):
         before = time.monotonic()
         if before < self._stalled_until or (self._writing and self._is_stuck(before)):
             return False
+        slept = _times_slept() if before < self._watched_until else None
         try:
             done = os.pwrite(self._fd, data, offset)
         except OSError as error:
@@ -131,9 +137,9 @@ class FileDevice(BlockDevice):
         after = time.monotonic()
         took = after - before
         if took > _STALL_SECONDS:
-            if took > _CERTAIN_SECONDS or before - self._last_strike < _STRIKE_SECONDS:
+            if took > _CERTAIN_SECONDS or (slept is not None and _times_slept() > slept):
                 self._stalled_until = after + max(_QUIET_SECONDS, _QUIET_PER_STALL * took)
-            self._last_strike = after
+            self._watched_until = after + _WATCH_SECONDS
         return done == len(data)
 
     def _is_stuck(self, now: float) -> bool:
@@ -295,6 +301,18 @@ class FileDevice(BlockDevice):
             extents.add_until(at, DATA)  # nothing, where it has become a hole in between: look again
         return extents
 
+    def identity(self) -> str:
+        """See BlockDevice."""
+        identify = identity_of_block_device if self.is_block else identity_of_file
+        return identify(self._fd, self.name)
+
+    async def lock(self) -> None:
+        """See BlockDevice: for itself, or with others that only read."""
+        try:
+            await lock(self._fd, f"'{self.name}'", exclusive=not self.capabilities.read_only)
+        except OSError as error:
+            raise self._failed(error, "locking", 0) from None
+
     async def aclose(self) -> None:
         """Wait for what the threads are doing, then close."""
         if self._fd < 0:
@@ -302,3 +320,8 @@ class FileDevice(BlockDevice):
         await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
         os.close(self._fd)
         self._fd = -1
+
+
+def _times_slept() -> int:
+    """How often this thread has given the processor up to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

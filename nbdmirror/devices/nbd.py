@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.devices.base import BlockDevice, Limits
+from nbdmirror.devices.identity import identity_of_export
 from nbdmirror.devices.nbd_captive import CaptiveServer, command_name
 from nbdmirror.devices.nbd_connection import NbdConnection
 from nbdmirror.devices.nbd_link import DEFAULT_LINK, Link, LinkOptions
@@ -178,6 +179,10 @@ class NbdDevice(BlockDevice):
                 break
             extents.add(size, flags & (HOLE | ZERO))
         return extents if len(extents) else ExtentList.all_data(offset, length)
+
+    def identity(self) -> str:
+        """See BlockDevice."""
+        return identity_of_export(self.name)
 
     async def aclose(self) -> None:
         """Say goodbye on every connection, and end a captive server, for a bounded time."""

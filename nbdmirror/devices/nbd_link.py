@@ -12,6 +12,7 @@ Rules:
    be gone: a *loss*. `on_lost` is called at once, before any caller hears of a failure and before a later request can
    succeed. From then on every flush fails with ESTALE until the owner has called `acknowledge_loss`, by which he
    promises to write again what he had begun to write, and not flushed, by then. Without an owner flushes fail for good.
+   `on_change` is called when no connection is left, when there is one again, and when there never will be.
 5. After reconnecting it must be the same export (`ExportInfo.change_since`). If not, the link has failed and no further
    attempt is made.
 6. A server that hangs (`Patience`) is given up on all connections: the old commands may yet be carried out, and no new one
@@ -71,7 +72,7 @@ class Link:
     """Connections to an export, some or none of them alive. Construct it with `open` or `over`.
 
     `info` is what the server said at first, `connections` are those that live, `generation` counts the sessions, `losses`
-    the losses (rule 4).
+    the losses (rule 4). `reconnect_delay` may be changed; that counts from the next loss on.
     """
 
     def __init__(
@@ -82,6 +83,8 @@ class Link:
         self.generation = 0
         self.losses = 0
         self.on_lost: Callable[[], None] | None = None
+        self.on_change: Callable[[], None] | None = None
+        self.reconnect_delay = options.reconnect_delay
         self.connections: list[NbdConnection] = []
         self._endpoint = endpoint
         self._options = options
@@ -137,6 +140,16 @@ class Link:
         if self._failure is not None:
             return f"failed: {self._failure.context}"
         return "reconnecting" if self._trouble is None else f"reconnecting: {self._trouble}"
+
+    @property
+    def is_reconnecting(self) -> bool:
+        """Whether no connection is left, and one is being made."""
+        return not (self.connections or self._closed or self._failure is not None)
+
+    @property
+    def notices_silence(self) -> bool:
+        """Whether a server that does not answer is given up some time."""
+        return self._options.request_timeout is not None
 
     async def reconnected(self) -> None:
         """Wait until a connection lives, however long that takes. Raises DeviceError if none ever will."""
@@ -206,7 +219,7 @@ class Link:
             return
         if not self.connections:
             log.info("%s: the connection is lost", self.name)
-            self._hold_until = self._loop.time() + self._options.reconnect_delay
+            self._hold_until = self._loop.time() + self.reconnect_delay
             self._settled = self._loop.create_future()
             self._down.set()
         if self._endpoint is None:
@@ -217,6 +230,12 @@ class Link:
             self.losses += 1
             if self.on_lost is not None:
                 self.on_lost()
+        if not self.connections:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def _hung(self) -> None:
         """The server is silent: rule 6."""
@@ -232,6 +251,7 @@ class Link:
         self._failure = DeviceError(errno.ESTALE, f"{self.name}: {reason}")
         log.error("%s; it is not connected to any more", self._failure.context)
         self._settle()
+        self._tell()
 
     def _settle(self) -> None:
         if not self._settled.done():
@@ -316,6 +336,7 @@ class Link:
         self._trouble = None
         self._down.clear()
         self._settle()
+        self._tell()
 
     # --- failing ---------------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ def set_up_tls(handle: Handle, endpoint: NbdEndpoint, tls: ClientTls) -> None:
     if tls.verify and endpoint.transport != "tcp" and not tls.psk_file and not tls.hostname:
         raise UsageError(
             f"{endpoint.uri}: libnbd can't verify a certificate without a host name, so anyone could answer; "
-            "use tls-psk-file=FILE, or nbds://HOST over TCP, or say tls-verify-peer=false"
+            "use tls-psk-file=FILE, or nbds://HOST over TCP, or say tls-verify-peer=false (mirror: --tls-no-verify)"
         )
     handle.set_tls(_TLS_REQUIRE)
     handle.set_tls_verify_peer(tls.verify)

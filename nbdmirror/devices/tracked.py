@@ -195,6 +195,12 @@ class TrackedDevice(BlockDevice):
             for observer in observers:
                 observer.write_ends(offset, length)
 
+    def abandoned(self, offset: int, length: int) -> None:
+        """See BlockDevice. Observers hear of it as of a write that failed: what was meant to be there is not known."""
+        for observer in self._observers:
+            observer.write_begins(offset, length)
+            observer.write_ends(offset, length)
+
     async def pwrite(self, data: bytes | bytearray | memoryview, offset: int, flags: int = 0) -> None:
         """See BlockDevice."""
         await self._bracketed(Write(WriteKind.PWRITE, offset, len(data), flags, data))

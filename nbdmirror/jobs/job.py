@@ -290,8 +290,8 @@ class Job(ABC):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the job does nothing because it was told to, or waits to be finalized."""
-        return self._pause_wanted or self.status == JobStatus.PENDING
+        """Whether the job does nothing because it was told to, has to wait for something, or waits to be finalized."""
+        return self._pause_wanted or self.status in (JobStatus.PAUSED, JobStatus.STANDBY, JobStatus.PENDING)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.status}>"

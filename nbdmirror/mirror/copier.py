@@ -190,8 +190,9 @@ class Copier:
         if known_zero:
             self.progress.skipped += length
             return
+        epoch = self._zero_map.epoch
         await self.target.zero(offset, length, self._zero_flags)
-        self._zero_map.set_zero(offset, length)
+        self._zero_map.set_zero(offset, length, epoch)
         self.progress.zeroed += length
 
     def _take_buffer(self, length: int) -> bytearray:
@@ -203,14 +204,14 @@ class Copier:
         """Ask the target which parts of it read as zeroes; a target with very many extents is believed to have none."""
         if not self.target.capabilities.extents:
             return
-        at = 0
+        at, epoch = 0, self._zero_map.epoch
         for _ in range(_SCAN_QUERIES):
             if at >= self.source.size:
                 return
             length = min(_SCAN_LENGTH, self.source.size - at)
             for extent in await self.target.extents(at, length):
                 if extent.flags & ZERO:
-                    self._zero_map.set_zero(extent.offset, extent.length)
+                    self._zero_map.set_zero(extent.offset, extent.length, epoch)
                 at = extent.end
 
 

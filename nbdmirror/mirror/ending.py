@@ -4,8 +4,8 @@ Rules:
 1. Handing over comes with the source drained, after nothing was left and the target was flushed since: the disks are the same
    at that instant, and nobody writes before the exports have moved.
 2. The guest is held for PATIENCE_SECONDS at a time at most. Where that is too short, because the target is slow, the guest goes
-   on for LET_GO_SECONDS and the end begins anew; a target that did not answer at all meanwhile has failed, which is the error
-   policy's business.
+   on for LET_GO_SECONDS and the end begins anew. A target that did not answer at all meanwhile has failed, which is the error
+   policy's business, or is out of reach; if it answers after all, it is flushed before the guest is held again.
 3. Where there is something to wait for, a pause or a disk that failed, the guest goes on first.
 4. A job that waits to be finalized holds the guest for `pending_seconds`. Then the guest goes on, marked; finalizing brings the
    disks into step once more. The job can no longer pause by then, so every failure ends it.
@@ -58,14 +58,18 @@ class Ending:
         self._counters = counters
         self._trouble = trouble
         self._on_failure = on_failure
+        # The target did not answer while the guest was held.
+        self._was_silent = False
 
     async def reach(self, pending_seconds: float | None, hand_over: Callable[[], None]) -> None:
         """Come to the end, and call `hand_over` there. Raises Cancelled, CopyFailed, and what `hand_over` does."""
         while True:
             await self._transfer.rest()
             await self._convergence.shrink()
-            if self._flusher.unflushed > pace.SMALL and not await self._flusher.flush():
-                continue  # with success the flush in the drain has little to do
+            if self._was_silent or self._flusher.unflushed > pace.SMALL:
+                if not await self._flusher.flush():
+                    continue
+                self._was_silent = False  # and the flush in the drain has little to do
             try:
                 async with self._convergence.guest_held(pace.PATIENCE_SECONDS) as hold:
                     if await self._settle():
@@ -100,17 +104,17 @@ class Ending:
         await self._transfer.sweep_held(deadline, 0)
         if not self._state.is_synced:
             if not self._transfer.is_to_rest() and self._counters.offset == before:
-                self._on_failure(_silence())
+                self._give_up()
             return False
         try:
             is_flushed = await self._flusher.flush(max(0.0, deadline - time.monotonic()))
         except TimeoutError:
-            self._on_failure(_silence())
+            self._give_up()
             return False
         self._job.cancel_point()
         return is_flushed and not self._transfer.is_to_rest()
 
-
-def _silence() -> CopyFailed:
-    context = f"no answer from the target for {pace.PATIENCE_SECONDS:g} s, with the guest held"
-    return CopyFailed("write", DeviceError(errno.ETIMEDOUT, context))
+    def _give_up(self) -> None:
+        self._was_silent = True
+        context = f"no answer from the target for {pace.PATIENCE_SECONDS:g} s, with the guest held"
+        self._on_failure(CopyFailed("write", DeviceError(errno.ETIMEDOUT, context)))

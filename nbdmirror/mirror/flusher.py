@@ -3,12 +3,14 @@
 Rules:
 1. One flush at a time. What had settled before it began is retired by it; what was not flushed, because it failed or was given
    up, is dirty again before anybody hears of it.
-2. A job with a live record also flushes beside its copying, every CHECKPOINT_BYTES or CHECKPOINT_SECONDS.
+2. A job with a live record also flushes beside its copying, every CHECKPOINT_BYTES or CHECKPOINT_SECONDS. One whose target may
+   be lost does so more seldom, every SAFEKEEP_BYTES or SAFEKEEP_SECONDS: what then has to be copied again is bounded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -33,7 +35,8 @@ _LAST_SECONDS: Final = 2.0
 class Flusher:
     """Flushes `target` for `job`; where that is not wanted, it only keeps account.
 
-    `on_failure` hears of a flush that failed.
+    `on_loss` is called where what was not flushed may be lost, `on_failure` hears of the flush that failed. `may_be_lost` says
+    that the target can be, with all that it has not flushed.
     """
 
     def __init__(
@@ -42,21 +45,25 @@ class Flusher:
         state: SyncState,
         target: BlockDevice,
         record: Record | None,
+        on_loss: Callable[[], None],
         on_failure: Callable[[CopyFailed], None],
         *,
         is_wanted: bool,
+        may_be_lost: bool,
     ) -> None:
         self._job = job
         self._state = state
         self._target = target
         self._record = record
+        self._on_loss = on_loss
         self._on_failure = on_failure
         self._is_wanted = is_wanted
+        self._may_be_lost = may_be_lost
         # The flush that goes on beside the copying, if there is one.
         self.tasks: set[asyncio.Task[None]] = set()
         # Bytes that have arrived since the last flush began.
         self.unflushed = 0
-        self._began = 0.0
+        self._began = time.monotonic()
 
     async def flush(self, within: float | None = None) -> bool:
         """False where that failed. Raises Cancelled, and TimeoutError after `within` seconds."""
@@ -76,8 +83,10 @@ class Flusher:
         try:
             if self._is_wanted:
                 await self._target.flush()
+            if not self._state.is_flushing:
+                raise DeviceError(errno.ENOTCONN, f"{self._target.name}: part of what was to be flushed is lost")
         except BaseException:
-            self._state.target_lost()
+            self._on_loss()
             raise
         retired = self._state.flush_ends()
         if self._record is not None:
@@ -87,13 +96,23 @@ class Flusher:
 
     @property
     def is_behind(self) -> bool:
-        """Whether a live record has something that only a flush takes off it."""
-        return self.unflushed > 0 and self._record is not None and self._record.keep is Keep.LIVE
+        """Whether something has arrived that should be flushed some time."""
+        return self.unflushed > 0 and (self._is_live or self._may_be_lost)
+
+    @property
+    def _is_live(self) -> bool:
+        return self._record is not None and self._record.keep is Keep.LIVE
+
+    @property
+    def seconds(self) -> float:
+        """How soon that is."""
+        return pace.CHECKPOINT_SECONDS if self._is_live else pace.SAFEKEEP_SECONDS
 
     def settled(self, length: int) -> None:
         """So many bytes have arrived: flush, where it is time to."""
         self.unflushed += length
-        is_due = self.unflushed >= pace.CHECKPOINT_BYTES or time.monotonic() - self._began >= pace.CHECKPOINT_SECONDS
+        bound = pace.CHECKPOINT_BYTES if self._is_live else pace.SAFEKEEP_BYTES
+        is_due = self.unflushed >= bound or time.monotonic() - self._began >= self.seconds
         if is_due and self.is_behind and not self._state.is_flushing and not self.tasks:
             task = asyncio.get_running_loop().create_task(self._check_in())
             self.tasks.add(task)

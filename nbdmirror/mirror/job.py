@@ -9,7 +9,8 @@ Rules:
 1. READY is said once, after a moment at which nothing was dirty or being copied, and after the target was flushed.
 2. The guest's own requests never fail because of the job. What fails is dirty again, and `trouble` says what to do about it.
 3. Until the target is known and the job goes on, and while it pauses or a disk recovers, writes are only marked.
-4. However the job ends, the source and the bitmap are given back, and the bitmap holds no less than what is still to be copied.
+4. While the target is out of reach the job pauses by itself (`outage`), and goes on by itself.
+5. However the job ends, the source and the bitmap are given back, and the bitmap holds no less than what is still to be copied.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nbdmirror.bitmap.recorder import WriteRecorder
 from nbdmirror.bitmap.sync_state import SyncState
 from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.jobs.job import Job
-from nbdmirror.jobs.status import JobStatus, JobVerb, check_verb
+from nbdmirror.jobs.status import VERBS, JobStatus, JobVerb, check_verb
 from nbdmirror.mirror import pace
 from nbdmirror.mirror.active import ActiveWrites
 from nbdmirror.mirror.convergence import Convergence
@@ -31,6 +32,7 @@ from nbdmirror.mirror.copier import Copier
 from nbdmirror.mirror.ending import Ending
 from nbdmirror.mirror.flusher import Flusher
 from nbdmirror.mirror.options import CopyMode
+from nbdmirror.mirror.outage import Outage
 from nbdmirror.mirror.progress import Progress
 from nbdmirror.mirror.quiet import until_quiet
 from nbdmirror.mirror.rates import Rates
@@ -45,9 +47,12 @@ if TYPE_CHECKING:
     from nbdmirror.devices.tracked import TrackedDevice
     from nbdmirror.jobs.job import Emit
     from nbdmirror.mirror.options import MirrorOptions
+    from nbdmirror.mirror.outage import TargetLink
     from nbdmirror.mirror.record import Record
 
 _log: Final = logging.getLogger(__name__)
+
+_CAN_PAUSE: Final = VERBS[JobVerb.PAUSE]
 
 
 class MirrorJob(Job):
@@ -66,6 +71,7 @@ class MirrorJob(Job):
         pivot: Callable[[], None],
         seal: Callable[[], None],
         options: MirrorOptions,
+        link: TargetLink | None = None,
         record: Record | None = None,
         speed: int = 0,
         auto_finalize: bool = True,
@@ -88,7 +94,10 @@ class MirrorJob(Job):
         self._recorder = WriteRecorder(self.state, self._on_write, self._transfer.make_way)
         self._active = ActiveWrites(self, self.state, self._recorder, self._copier, self._settled, self._fail)
         self.copy_mode = options.copy_mode
-        self._flusher = Flusher(self, self.state, target, record, self._fail, is_wanted=options.flush)
+        self._outage = Outage(link, options.reconnect_seconds, self._on_loss, self._on_link_change)
+        self._flusher = Flusher(
+            self, self.state, target, record, self._on_loss, self._fail, is_wanted=options.flush, may_be_lost=link is not None
+        )
         self._convergence = Convergence(self, source, self.state, self._transfer, self.counters)
         self._final = Ending(
             self, self.state, self._transfer, self._flusher, self._convergence, self.counters, self._trouble, self._fail
@@ -108,6 +117,7 @@ class MirrorJob(Job):
 
     def start(self) -> None:
         """See Job. No write that comes after this is missed, not even before the task first runs."""
+        self._outage.attach()
         self.source.observe(self._recorder)
         if self.record is not None:
             self.record.hand_over(self.state, f"job {self.id}")
@@ -144,6 +154,7 @@ class MirrorJob(Job):
             return
         if self._target_answers:
             await self._flusher.last()
+        self._outage.detach()
         self._stop_listening()
         if self.record is not None:
             self.record.failed(self.state)
@@ -177,7 +188,8 @@ class MirrorJob(Job):
     async def _stay_in_step(self) -> None:
         """READY: copy what is written, until told to end."""
         while not self._ending:
-            await self._transfer.sweep()
+            # Pass by pass: under a guest that never stops writing one sweep of everything would never end.
+            await self._transfer.sweep(max(self.state.remaining_bytes, pace.SMALL))
             self._note_sync()
             if self.state.is_synced and not self._ending:
                 await self._wait_for_write()
@@ -189,7 +201,7 @@ class MirrorJob(Job):
         """Nothing is left to copy. Meanwhile there is time to flush, where a record waits for that."""
         self._waiting_for_write = True
         if self._flusher.is_behind:
-            await self.nap(pace.CHECKPOINT_SECONDS)
+            await self.nap(self._flusher.seconds)
             if self.state.is_synced:
                 await self._flusher.flush()
         else:
@@ -203,6 +215,7 @@ class MirrorJob(Job):
                 self._pivot()
             case "in place":
                 self._seal()
+        self._outage.detach()
         self._stop_listening()
         if self.record is not None:
             self.record.succeeded(self.state)
@@ -219,7 +232,7 @@ class MirrorJob(Job):
         self._recorder.lines_up = (
             self.copy_mode is CopyMode.WRITE_BLOCKING
             and self._is_under_way
-            and not (self._pause_wanted or self._cancel_wanted)
+            and not (self._pause_wanted or self._cancel_wanted or self._outage.is_waited_for)
             and self._trouble.is_over(time.monotonic())
         )
         self._active.advance()
@@ -235,12 +248,37 @@ class MirrorJob(Job):
     def _fail(self, failure: CopyFailed) -> None:
         """Something could not be copied, and is dirty again: do as the policy says."""
         self._recorder.missed = True
+        if self._outage.explains(failure) and self.status in _CAN_PAUSE:
+            self._trouble.out_of_reach(failure, time.monotonic())
+            self._steer()
+            self.wake()
+            return
         action = self._trouble.strikes(failure, time.monotonic())
         if action is not None:
-            _log.warning("job '%s': %s failed, %s: %s", self.id, failure.operation, action, failure)
+            if action is not Action.REPORT:  # which the job's end tells
+                _log.warning("job '%s': %s failed, %s: %s", self.id, failure.operation, action, failure)
             self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": failure.operation, "action": action})
         if action is Action.STOP:
             self._pause_wanted = True
+        self._steer()
+        self.wake()
+
+    def is_to_pause(self) -> bool:
+        """See Job; also while the target is out of reach, unless nobody may wait for it any more."""
+        waits = self._outage.is_waited_for and not self._cancel_wanted and self.status in _CAN_PAUSE
+        return super().is_to_pause() or waits
+
+    def _on_loss(self) -> None:
+        """What was not flushed may be gone from the target."""
+        self._recorder.missed = True
+        self.state.target_lost()
+        self._zero_map.clear_all()
+        self.wake()
+
+    def _on_link_change(self) -> None:
+        """The target is out of reach, or in reach again, or is not waited for any longer."""
+        if self._outage.is_waited_for:
+            _log.warning("job '%s': the target is lost and waited for: %s", self.id, self._outage.state)
         self._steer()
         self.wake()
 
@@ -309,6 +347,7 @@ class MirrorJob(Job):
         """See Job; what failed before is tried again."""
         super().resume()
         self._trouble.resumed()
+        self._outage.try_again()
         self._steer()
 
     def cancel(self) -> None:
@@ -346,7 +385,8 @@ class MirrorJob(Job):
     def statistics(self) -> dict[str, Any]:
         """Counters in bytes, and how it goes on, for people and scripts."""
         return {
-            "x-phase": self._phase,
+            "x-phase": "reconnecting" if self._outage.is_waited_for else self._phase,
+            **self._outage.statistics(),
             "x-converges": not self._convergence.is_stuck,
             **self.counters.statistics(),
             "x-dirty-bytes": self.state.dirty.dirty_bytes,

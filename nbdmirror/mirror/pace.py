@@ -19,6 +19,9 @@ SHRINKING: Final = 0.75
 # take 60 ms at 1 GiB/s, many times what a flush does.
 CHECKPOINT_BYTES: Final = 64 * MiB
 CHECKPOINT_SECONDS: Final = 1.0
+# And one whose target may be lost, with all that it has not flushed. Less often: losses are rare, and flushing costs.
+SAFEKEEP_BYTES: Final = 1024 * MiB
+SAFEKEEP_SECONDS: Final = 30.0
 # Holding a guest back: so long at a time, released so long in between, and only when this much copying is left in all.
 HOLD_SECONDS: Final = 0.1
 RELEASE_SECONDS: Final = 0.01

@@ -5,6 +5,8 @@ Rules (QEMU's `BlockdevOnError`; what failed is dirty again before anybody asks 
    is left and report anything else. A policy each for the source, which is read, and for the target, which is written.
 2. One episode is said once: until the job is resumed, or the time to wait is over, further failures are the same news.
 3. What is ignored is tried again after a while that doubles from failure to failure; something that succeeds ends that.
+4. A target that is out of reach has not failed: that is tried again in the same way, whatever the policy. Until something
+   has succeeded again nobody should wait for it.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ class Trouble:
         self._last: CopyFailed | None = None
         self._wait = FIRST_WAIT
         self._until = 0.0
+        self._is_out_of_reach = False
 
     def strikes(self, failure: CopyFailed, now: float) -> Action | None:
         """A request failed: what is to be done, None where that has been said."""
@@ -88,13 +91,24 @@ class Trouble:
             case Action.IGNORE:
                 if self.delay(now):
                     return None
-                self._until = now + self._wait
-                self._wait = min(self._wait * 2, LONGEST_WAIT)
+                self._back_off(now)
         return action
+
+    def out_of_reach(self, failure: CopyFailed, now: float) -> None:
+        """A request did not get to the target, or its answer did not come back."""
+        self._last = failure
+        self._is_out_of_reach = True
+        if not self.delay(now):
+            self._back_off(now)
+
+    def _back_off(self, now: float) -> None:
+        self._until = now + self._wait
+        self._wait = min(self._wait * 2, LONGEST_WAIT)
 
     def succeeds(self) -> None:
         """A request did not fail."""
         self._wait = FIRST_WAIT
+        self._is_out_of_reach = False
 
     def resumed(self) -> None:
         """Somebody thinks that it is over."""
@@ -106,7 +120,7 @@ class Trouble:
 
     def is_over(self, now: float) -> bool:
         """Whether nothing has failed that was not made good, or is worth another try."""
-        return self.failure is None and self.io_status == "ok" and not self.delay(now)
+        return self.failure is None and self.io_status == "ok" and not self._is_out_of_reach and not self.delay(now)
 
     def delay(self, now: float) -> float:
         """Seconds to wait at time `now` before anything may be tried again."""

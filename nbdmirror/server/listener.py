@@ -19,12 +19,17 @@ import logging
 import resource
 import socket
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdmirror.devices.uri import ClientTls, NbdEndpoint
+from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.server.access import EVERYBODY
 from nbdmirror.server.session import Session
+from nbdmirror.server.shared import Shared
 from nbdmirror.server.tls import NO_TLS
-from nbdmirror.sockets import for_loop, listen_tcp, listen_unix
+from nbdmirror.sockets import for_loop, listen_tcp, listen_unix, vsock_cid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,8 +74,8 @@ def allow_many_files() -> None:
 class Listener:
     """Some listening sockets, which are closed with it.
 
-    `max_clients` 0 means no limit; `farewell` is what clients get at the end, `haggling` what they get to open an export, both
-    in seconds.
+    `max_clients` 0 means no limit; `farewell` is what clients get at the end, `haggling` what they get to open an export, 0 for
+    ever, both in seconds.
     """
 
     def __init__(
@@ -91,15 +96,24 @@ class Listener:
         self._haggling = haggling
         self._tls = tls
         self._access = access
-        self._sessions: dict[Session, asyncio.TimerHandle] = {}
+        self._sessions: dict[Session, asyncio.TimerHandle | None] = {}
         self._joining: set[asyncio.Task[None]] = set()
         self._rest: asyncio.TimerHandle | None = None
         self._is_short_of_files = False
+        self._shared = Shared()
 
     @classmethod
-    def unix(cls, path: str, exports: Mapping[str, Export], *, max_clients: int = 0, tls: Tls = NO_TLS) -> Listener:
+    def unix(
+        cls,
+        path: str,
+        exports: Mapping[str, Export],
+        *,
+        max_clients: int = 0,
+        haggling: float = _HAGGLING_SECONDS,
+        tls: Tls = NO_TLS,
+    ) -> Listener:
         """Listen on a Unix socket."""
-        return cls([listen_unix(path)], exports, max_clients=max_clients, tls=tls)
+        return cls([listen_unix(path)], exports, max_clients=max_clients, haggling=haggling, tls=tls)
 
     @classmethod
     def tcp(
@@ -109,17 +123,24 @@ class Listener:
         exports: Mapping[str, Export],
         *,
         max_clients: int = 0,
+        haggling: float = _HAGGLING_SECONDS,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
     ) -> Listener:
         """Listen on TCP."""
-        return cls([listen_tcp(host, port)], exports, max_clients=max_clients, tls=tls, access=access)
+        sockets = [listen_tcp(host, port)]
+        return cls(sockets, exports, max_clients=max_clients, haggling=haggling, tls=tls, access=access)
 
     @property
     def address(self) -> tuple[str, int] | str:
         """The path of a Unix socket, or host and port; of the first socket where there are several."""
         name = self._sockets[0].sock.getsockname()
         return name if isinstance(name, str) else (name[0], name[1])
+
+    def endpoints(self, name: str) -> list[NbdEndpoint]:
+        """Where clients find an export of that name, by each of the sockets."""
+        tls = ClientTls() if self._tls.mode is TlsMode.REQUIRE else None
+        return [replace(_endpoint_of(each.sock, name), tls=tls) for each in self._sockets]
 
     async def start(self) -> None:
         """Begin to accept."""
@@ -165,8 +186,10 @@ class Listener:
             sock.close()
         else:
             loop = asyncio.get_running_loop()
-            session = Session(self._exports, self._left, self._tls, self._access)
-            self._sessions[session] = loop.call_later(self._haggling, session.end_haggling, self._haggling)
+            session = Session(self._exports, self._left, self._shared, self._tls, self._access)
+            self._sessions[session] = None
+            if self._haggling:
+                self._sessions[session] = loop.call_later(self._haggling, session.end_haggling, self._haggling)
             task = loop.create_task(self._join(sock, session))
             self._joining.add(task)
             task.add_done_callback(self._joining.discard)
@@ -218,6 +241,15 @@ class Listener:
         await _all_closed(sessions, self._farewell)
         for session in list(self._sessions):
             session.hang_up()
+
+
+def _endpoint_of(sock: socket.socket, name: str) -> NbdEndpoint:
+    address = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return NbdEndpoint.unix(str(Path(address).absolute()), name)
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        return NbdEndpoint.tcp(address[0], address[1], name)
+    return NbdEndpoint("vsock", host=str(vsock_cid(sock)), port=address[1], export=name)
 
 
 async def _all_closed(sessions: list[Session], timeout: float) -> None:

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _options(options: argparse.Namespace, size: int) -> serving.Options:
-    return serving.Options(options.runs, options.seconds, options.size or size, options.only, options.directory)
+    size = options.size or size
+    return serving.Options(options.runs, options.seconds, size, options.only, options.directory, options.wait)
 
 
 def _with_goals(found: Iterable[Row]) -> list[dict[str, Any]]:
@@ -83,17 +84,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     what = ["server", "copy", "mirror", "bitmap", "all"]
     parser.add_argument("what", nargs="?", choices=what, default="all", help="what to measure (all)")
     parser.add_argument("--runs", type=_positive, help="how often each tool's turn comes (5)")
-    parser.add_argument("--seconds", type=float, help="how long each request load lasts (0.7)")
+    parser.add_argument("--seconds", type=float, help="how long each request load lasts (0.6)")
     parser.add_argument("--quick", action="store_true", help="3 runs of 0.5 seconds")
     parser.add_argument(
         "--only", type=_pattern, default=re.compile(""), help="rows that this pattern is found in, but of `copy`"
     )
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="on a real file system (/var/tmp)")
     parser.add_argument("--size", type=_size, help="of the disk (server and bitmap 1G, copy and mirror 4G)")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds at most, before each turn, for an idle machine (0)")
     parser.add_argument("--json", metavar="FILE", help="write every measurement there")
     options = parser.parse_args(arguments)
     options.runs = options.runs or (3 if options.quick else 5)
-    options.seconds = options.seconds or (0.5 if options.quick else 0.7)
+    options.seconds = options.seconds or (0.5 if options.quick else 0.6)
     return options
 
 

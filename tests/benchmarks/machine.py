@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 _MEMORY: Final = Path("/dev/shm")
+_MOMENT: Final = 0.1
+_IDLE: Final = 0.9
 _PIECE: Final = 16 * MiB
 # Far longer than any one run: something is stuck then.
 RUN_SECONDS: Final = 300.0
@@ -112,6 +114,23 @@ def cpu_seconds(pid: int) -> float:
     """CPU time of a process so far, with the children that it has waited for (proc(5), fields 14 to 17)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return sum(map(int, fields[11:15])) / _TICK
+
+
+def wait_until_idle(most: float) -> None:
+    """Return when the processors have been idle for a moment, after `most` seconds at the latest."""
+    deadline = time.monotonic() + most
+    while time.monotonic() < deadline:
+        before = _processor_ticks()
+        time.sleep(_MOMENT)
+        total, idle = (after - earlier for after, earlier in zip(_processor_ticks(), before, strict=True))
+        if idle >= total * _IDLE:
+            return
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """All ticks of all processors so far, and the idle ones (proc(5))."""
+    ticks = list(map(int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]))
+    return sum(ticks), ticks[3] + ticks[4]
 
 
 def run_measured(argv: Sequence[str]) -> Cost:

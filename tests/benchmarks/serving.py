@@ -28,6 +28,7 @@ from tests.benchmarks.machine import (
     cpu_seconds,
     places,
     run_measured,
+    wait_until_idle,
     warm,
     write_full,
     write_half_full,
@@ -65,13 +66,16 @@ _MOST_MEMORY: Final = 150 * MiB
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to measure: turns of each tool, seconds of each load, bytes of the disk, which rows, where the real disk is."""
+    """How to measure: turns of each tool, seconds of each load, bytes of the disk, which rows, where the real disk is, and
+    how many seconds at most to wait before each turn for a machine that has nothing else to do.
+    """
 
     runs: int
     seconds: float
     size: int
     only: re.Pattern[str]
     directory: Path
+    wait: float
 
 
 def measure(options: Options) -> Iterator[Row]:
@@ -154,6 +158,7 @@ def _loads(options: Options, place: Place) -> Iterator[Row]:
             _wanted(options, row)
             for _ in range(options.runs):
                 for server in servers:
+                    wait_until_idle(options.wait)
                     did = load.run(server, each, options.seconds, options.size)
                     value = did.requests_per_second if each.block <= load.SMALL else did.bytes_per_second
                     row.add(server.tool, value, (did.cpu_per_request, did.cpu_per_byte))
@@ -161,6 +166,7 @@ def _loads(options: Options, place: Place) -> Iterator[Row]:
         if _wanted(options, beside):
             for _ in range(options.runs):
                 for server in servers:
+                    wait_until_idle(options.wait)
                     latency, wrote = load.latency_beside_a_writer(server, 2 * options.seconds, options.size)
                     beside.add(server.tool, latency, also=wrote)
             yield beside
@@ -191,6 +197,7 @@ def _copies(options: Options, place: Place) -> Iterator[Row]:
         servers = [stack.enter_context(start(disk)) for start in _AS_THEY_COME]
         for _ in range(options.runs):
             for server in servers:
+                wait_until_idle(options.wait)
                 before = cpu_seconds(server.pid)
                 cost = run_measured(["nbdcopy", server.uri, "null:"])
                 # Requests are nbdcopy's own affair: what counts are the bytes of data.

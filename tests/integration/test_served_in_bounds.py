@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from nbdmirror.protocol import constants as c
+from nbdmirror.server import budget
 from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener
-from nbdmirror.server.session import MAX_BYTES_IN_FLIGHT, MAX_IN_FLIGHT
+from nbdmirror.server.service import MAX_BYTES_IN_FLIGHT, MAX_IN_FLIGHT
 from nbdmirror.sockets import listen_unix
 from nbdmirror.units import KiB, MiB
 from tests.support.fakes import GatedDevice
@@ -28,9 +29,9 @@ _LONG_ENOUGH: Final = 3000
     [
         (512, 3 * MAX_IN_FLIGHT, MAX_IN_FLIGHT),
         (128 * KiB, 3 * MAX_IN_FLIGHT, MAX_IN_FLIGHT),
-        # One may reach over the bound, or the largest could never be served beside a small one.
-        (40 * MiB, 5, MAX_BYTES_IN_FLIGHT // (40 * MiB) + 1),
-        (8 * MiB, 20, MAX_BYTES_IN_FLIGHT // (8 * MiB)),
+        (MiB, 40, MAX_BYTES_IN_FLIGHT // MiB),
+        (8 * MiB, 20, budget.BYTES // (8 * MiB)),
+        (40 * MiB, 5, 1),
     ],
 )
 async def test_no_more_than_so_many(sock_dir: Path, length: int, count: int, most: int) -> None:

@@ -71,7 +71,7 @@ class NetworkPair:
         with tempfile.TemporaryDirectory(prefix="nbd-") as directory:
             pid_file = Path(directory) / "pid"
             where = ["-f", "-i", _SERVER, "-p", "10809", "-P", str(pid_file)]
-            process = subprocess.Popen(["ip", "netns", "exec", self._names[1], "nbdkit", *where, plugin, *args])
+            process = subprocess.Popen([*self.command("server"), "nbdkit", *where, plugin, *args])
             try:
                 deadline = time.monotonic() + _BOUND
                 while not pid_file.exists():  # written once it listens
@@ -82,6 +82,10 @@ class NetworkPair:
             finally:
                 process.kill()
                 process.wait()
+
+    def command(self, end: Literal["client", "server"]) -> list[str]:
+        """What runs a program at that end."""
+        return ["ip", "netns", "exec", self._names[end == "server"]]
 
     @contextmanager
     def inside(self) -> Iterator[None]:

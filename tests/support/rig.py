@@ -26,6 +26,7 @@ from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import CopyMode, MirrorOptions
 from nbdmirror.mirror.record import Keep, Record
 from nbdmirror.mirror.trouble import OnError
+from tests.support.fake_link import FakeLink
 from tests.support.fakes import GatedDevice, Held, settled
 
 if TYPE_CHECKING:
@@ -154,11 +155,14 @@ class Rig:
         pending_seconds: float | None = None,
         keep: Keep | None = None,
         marked: Iterable[int] = (),
+        linked: bool = False,
+        reconnect_seconds: float | None = None,
     ) -> None:
         self.source = HeldDisk(size, holding=holding_source, name="source")
         self.target = HeldDisk(size if target_size is None else target_size, holding=holding_target, name="target")
         if data:
             MemoryDevice.pwrite_now(self.source, data, 0)
+        self.link = FakeLink(self.target)
         self.device = TrackedDevice(self.source)
         self.bitmaps = BitmapSet(self.device.writes_in_flight)
         self.device.observe(self.bitmaps)
@@ -184,10 +188,12 @@ class Rig:
                 flush=flush,
                 copy_mode=copy_mode,
                 pending_seconds=pending_seconds,
+                reconnect_seconds=reconnect_seconds,
                 on_source_error=on_source_error,
                 on_target_error=on_target_error,
                 copy=CopyOptions(request_size=request_size, requests=requests, buffer=buffer),
             ),
+            link=self.link if linked else None,
             record=None if keep is None else Record(self.bitmap, keep),
             speed=speed,
             auto_finalize=auto_finalize,

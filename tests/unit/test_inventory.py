@@ -16,7 +16,8 @@ from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError, InactiveError, NotFoundError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.server.export import Export
-from tests.support.fakes import settled
+from nbdmirror.server.nbd_server import BlockExport
+from tests.support.fakes import GatedDevice, settled
 from tests.support.rig import HeldDisk
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class Rigged:
     def __init__(self, source: BlockDevice | None = None) -> None:
         self.inventory = Inventory()
         self.source = self.add("source", source)
-        self.export = self.inventory.exports[""] = Export("", self.source.device)
+        self.export = Export("", self.source.device)
+        self.inventory.exports["default"] = BlockExport("default", self.export, "nbd+unix:///?socket=/s")
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.mirrors = MirrorCommands(self.inventory, lambda event, data: self.events.append((event, data)))
         self.blocks = BlockCommands(self.inventory)
@@ -112,6 +114,20 @@ async def test_node_in_use_is_not_removed() -> None:
     assert "other" not in rig.inventory.nodes
 
 
+async def test_node_with_a_write_in_flight_is_not_removed() -> None:
+    """As a client leaves behind that was hung up on."""
+    rig = Rigged()
+    disk = GatedDevice(SIZE)
+    other = rig.add("other", disk)
+    writing = asyncio.create_task(other.device.pwrite(b"x", 0))
+    held = await disk.next()
+    with pytest.raises(StateError, match=r"^Node other is in use$"):
+        await rig.inventory.remove_node("other")
+    held.finish()
+    await writing
+    await rig.inventory.remove_node("other")
+
+
 async def test_pivot_exchanges_the_disks_under_the_filter() -> None:
     rig = Rigged()
     target = rig.add("target")
@@ -119,7 +135,7 @@ async def test_pivot_exchanges_the_disks_under_the_filter() -> None:
     async with device.drained():
         rig.inventory.pivot(rig.source, target)
     assert rig.export.device is device is target.device
-    assert rig.inventory.node_of(rig.export) is target
+    assert rig.inventory.node_of(rig.export.device) is target
     assert rig.inventory.is_exported(target)
     assert not rig.inventory.is_exported(rig.source)
     await device.pwrite(b"new", 0)
@@ -222,7 +238,7 @@ async def test_completing_in_place_seals_the_source() -> None:
 )
 async def test_mirrors_that_would_disturb_each_other(device: str, target: str, text: str) -> None:
     rig = Rigged()
-    rig.inventory.exports["shown"] = Export("shown", rig.add("shown").device)
+    rig.inventory.exports["shown"] = BlockExport("shown", Export("shown", rig.add("shown").device), "")
     rig.add("fixed", MemoryDevice(SIZE, read_only=True))
     for name in ("target", "other", "third"):
         rig.add(name)
