@@ -29,7 +29,7 @@ CLOSE_IN_SECONDS: Final = 5.0
 CLOSE_IN_TURNS: Final = 60
 # Turns after which less than this share must be left, or holding the guest is given up for this pass.
 CLOSE_IN_CHECK: Final = 5
-CLOSING_IN: Final = 0.9
+CLOSING_IN: Final = 0.98
 # How long a guest's write waits for a disk that does not answer: a third of the 30 s after which guests give up a disk.
 PATIENCE_SECONDS: Final = 10.0
 # And how long it goes on, where it was held for so long in vain.

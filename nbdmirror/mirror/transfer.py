@@ -23,7 +23,7 @@ from nbdmirror.extents import ExtentList
 from nbdmirror.mirror.plan import Copy, Unit, plan
 from nbdmirror.mirror.throttle import Throttle
 from nbdmirror.mirror.trouble import CopyFailed
-from nbdmirror.units import GiB, KiB
+from nbdmirror.units import GiB, KiB, MiB
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 _log: Final = logging.getLogger(__name__)
 
-# What one question for block status covers: long holes are one answer, and what is planned is still fresh when begun.
-_RUN: Final = GiB
+# What one question for block status covers: long holes are one answer. Where a guest writes to what is planned before it is
+# begun, the status is stale and had been asked in vain: then less is asked for at a time, at first and after each such unit.
+_LONGEST_RUN: Final = GiB
+_SHORTEST_RUN: Final = 8 * MiB
 # A run shorter than this is copied without asking: reading a chunk and looking for zeroes costs less than the answer of a
 # thread, for which all other copying waits. With asking, a guest that rewrote chunks at random was caught up with at a third of
 # the rate.
@@ -74,6 +76,8 @@ class Transfer:
         self.tasks: set[asyncio.Task[None]] = set()
         # Where active writes leave nothing idle that is dirty.
         self._place: ActiveWrite | None = None
+        # The most that is taken at a time, in bytes.
+        self._run = _SHORTEST_RUN
         # Bytes of data that the units in flight may hold in memory.
         self._buffered = 0
 
@@ -178,11 +182,13 @@ class Transfer:
                 if dirty.next_run(*span) is None:
                     return unit
                 self._state.settle(*span, copied=False)  # written since it was planned: its status is stale
+                self._run = _SHORTEST_RUN
                 self._on_free()
-            run = self._state.take(max(1, _RUN // dirty.granularity))
+            run = self._state.take(max(1, self._run // dirty.granularity))
             if run is None:
                 self._place = self._place or self._state.wait_in_line()
                 return None
+            self._run = min(2 * self._run, _LONGEST_RUN)
             await self._plan(*run)
 
     def _take_turn(self) -> int:

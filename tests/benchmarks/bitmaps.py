@@ -1,8 +1,7 @@
 """`bitmap`: what recording costs a guest, with bitmaps in memory and on disk, and what a bitmap's own work costs.
 
 Rules:
-1. All daemons run all the time and serve the same file; their turns are A B C, A B C. The peer is the same server without a
-   bitmap, to which the ratios are taken.
+1. A disk has one daemon: each turn starts its own, over the same file, A B, A B. The peer is the same server without a bitmap.
 2. Persistent bitmaps are on the real file system, also where the disk is in memory: that is what makes them persistent.
 3. A bitmap's own work is measured in this process, on one of 16 TiB with 64 KiB chunks.
 """
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.bitmap.dirty import DirtyBitmap
@@ -81,15 +81,15 @@ def _recording(options: Options, place: Place, durable: Path) -> Iterator[Row]:
         if disk.get("intent"):
             stack.enter_context(_grown(path, max(options.size, _INTENT_SET)))
         warm(path)
-        plain = stack.enter_context(mirrorers.ours(path))
-        daemons = [(each, stack.enter_context(_in_memory(path, count))) for count, each in memory.items() if each]
-        daemons += [(each, stack.enter_context(_persistent(path, durable, mode))) for mode, each in disk.items() if each]
-        for each, daemon in daemons:
+        starts = [(each, partial(_in_memory, path, count)) for count, each in memory.items() if each]
+        starts += [(each, partial(_persistent, path, durable, mode)) for mode, each in disk.items() if each]
+        for each, start in starts:
             print(f"bench: {each.work}, on {place.name}", file=sys.stderr)
             size = max(options.size, _INTENT_SET) if each is disk.get("intent") else options.size
             for _ in range(options.runs):
-                each.add(OURS, load.run(daemon.server, _WRITES, options.seconds, size).requests_per_second)
-                each.add(_WITHOUT, load.run(plain.server, _WRITES, options.seconds, size).requests_per_second)
+                for tool, begin in ((OURS, start), (_WITHOUT, partial(mirrorers.ours, path))):
+                    with begin() as daemon:
+                        each.add(tool, load.run(daemon.server, _WRITES, options.seconds, size).requests_per_second)
             yield each
 
 

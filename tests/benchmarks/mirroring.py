@@ -56,7 +56,7 @@ _READS: Final = Load("randread", 4 * KiB, 16)
 _CHUNK: Final = 64 * KiB
 _HUGE: Final = 1024 * GiB
 _BITMAP_DATA: Final = GiB
-_LINK_DATA: Final = 512 * MiB
+_LINK_DATA: Final = GiB
 _LINK_DELAY: Final = 0.025
 # buf-size, bitmaps (one bit per 64 KiB, and those of a job), and 80 MiB.
 _BUFFER_SIZE: Final = 16 * MiB
