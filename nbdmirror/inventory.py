@@ -273,6 +273,13 @@ class Inventory:
         for each in self.exports_of(node):
             each.export.read_only = True
 
+    def credentials(self, name: str) -> TlsCredentials:
+        """The TLS credentials of that id; raises NotFoundError."""
+        found = self.objects.get(name)
+        if found is None:
+            raise NotFoundError(f"No TLS credentials with id '{name}'")
+        return found
+
     # --- jobs ------------------------------------------------------------------------------------------------------
 
     def add_job(self, job: Job) -> None:

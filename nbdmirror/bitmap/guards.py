@@ -114,10 +114,10 @@ class IntentGuard:
         await self._store.settle()
 
     async def _put_on_record(self, offset: int, length: int) -> None:
-        while not self.regions.passes(offset, length):
+        while not (self.regions.passes(offset, length) or self._end.is_set()):
             self.regions.want(offset, length)
             async with self._lock:
-                if not self.regions.passes(offset, length):
+                if not (self.regions.passes(offset, length) or self._end.is_set()):
                     await self._commit()
 
     async def _commit(self) -> None:
@@ -151,9 +151,11 @@ class IntentGuard:
                 await self.checkpoint()
 
     async def aclose(self) -> None:
-        """End the checkpoints, when one is under way after it."""
+        """Let go of the file, when nothing is under way there. Writes that began before go on without it."""
         self._end.set()
         await self._checkpoints
+        async with self._lock:
+            pass
 
 
 Guard = BarrierGuard | IntentGuard

@@ -117,7 +117,8 @@ class MappedFile:
         self._distrusted = True
 
     def _sync(self, offset: int, length: int) -> None:
-        if length and _libc.msync(self._address + offset, length, _MS_SYNC):
+        before = offset % mmap.PAGESIZE  # the system's pages may be larger than the file's
+        if length and _libc.msync(self._address + offset - before, before + length, _MS_SYNC):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 

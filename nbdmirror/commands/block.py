@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -25,13 +25,13 @@ from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import Named, Positive, UInt32
 
 DEFAULT_CONNECTIONS: Final = 4
-# Seconds without any sign of life after which a target's server counts as lost: long for a disk, and short of the 30 s after
-# which guests give theirs up. Where it has to wait for its disk, it has ten times as long.
-DEFAULT_REQUEST_TIMEOUT: Final = 10
 # Nobody there to talk to, as QEMU says it; what goes wrong after that has words of its own.
 _UNREACHABLE: Final = frozenset((errno.ENOENT, errno.ECONNREFUSED, errno.EACCES))
 # The bytes that stat(2) counts blocks in.
 _STAT_BLOCK: Final = 512
+# Seconds without any sign of life after which a target's server counts as lost: long for a disk, and short of the 30 s after
+# which guests give theirs up. Where it has to wait for its disk, it has ten times as long.
+DEFAULT_REQUEST_TIMEOUT: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,8 @@ class NbdOptions:
     read_only: bool = False
     discard: Literal["unmap"] = "unmap"
     detect_zeroes: Literal["off"] = "off"
+    tls_creds: str | None = None
+    tls_hostname: str = ""
     reconnect_delay: UInt32 | None = None
     open_timeout: UInt32 = 0
     x_connections: Positive = DEFAULT_CONNECTIONS
@@ -128,7 +130,7 @@ class BlockCommands:
                 raise StateError(f"Node {child.name} is writable, and so is what is over it; open it with 'read-only'")
             self._inventory.add_node(Node(options.node_name, options.driver, child.device, child=child))
             return
-        disk = await _open(options)
+        disk = await self._open(options)
         node = Node(options.node_name, options.driver, disk, reconnect_seconds=_reconnect_seconds(options))
         try:
             await self._inventory.keeper.load_all(node)
@@ -142,6 +144,36 @@ class BlockCommands:
         """Close a disk that nobody uses."""
         await self._inventory.remove_node(node_name)
 
+    async def _open(self, options: RawOptions | FileOptions | HostDeviceOptions | NbdOptions) -> BlockDevice:
+        read_only = options.read_only
+        if isinstance(options, RawOptions):
+            assert not isinstance(options.file, str), "nothing is opened below a named node"
+            options = options.file
+        read_only = read_only or options.read_only
+        if isinstance(options, NbdOptions):
+            return await self._open_nbd(options, read_only=read_only)
+        if isinstance(options, HostDeviceOptions):
+            _check_host_device(options.filename)
+        try:
+            return FileDevice.open(options.filename, read_only=read_only)
+        except DeviceError as error:
+            raise StateError(f"Could not open '{options.filename}': {error.reason}") from None
+
+    async def _open_nbd(self, options: NbdOptions, *, read_only: bool) -> NbdDevice:
+        endpoint, where = _endpoint(options)
+        if options.tls_creds is not None:
+            credentials = self._inventory.credentials(options.tls_creds)
+            endpoint = replace(endpoint, tls=credentials.for_client(options.tls_hostname))
+        link = LinkOptions(options.reconnect_delay or 0, options.open_timeout, options.x_request_timeout or None)
+        try:
+            return await NbdDevice.open(endpoint, connections=options.x_connections, read_only=read_only, link=link)
+        except DeviceError as error:
+            if error.errno in _UNREACHABLE:
+                raise StateError(f"Failed to connect to '{where}': {error.reason}") from None
+            raise
+        except UsageError as error:
+            raise StateError(str(error)) from None
+
     def query_block(self) -> list[dict[str, Any]]:
         """There is no machine that has devices: nothing."""
         return []
@@ -151,36 +183,9 @@ class BlockCommands:
         return [node_info(node) for node in reversed(self._inventory.nodes.values())]
 
 
-async def _open(options: RawOptions | FileOptions | HostDeviceOptions | NbdOptions) -> BlockDevice:
-    read_only = options.read_only
-    if isinstance(options, RawOptions):
-        assert not isinstance(options.file, str), "nothing is opened below a named node"
-        options = options.file
-    read_only = read_only or options.read_only
-    if isinstance(options, NbdOptions):
-        return await _open_nbd(options, read_only=read_only)
-    if isinstance(options, HostDeviceOptions):
-        _check_host_device(options.filename)
-    try:
-        return FileDevice.open(options.filename, read_only=read_only)
-    except DeviceError as error:
-        raise StateError(f"Could not open '{options.filename}': {error.reason}") from None
-
-
 def _reconnect_seconds(options: RawOptions | FileOptions | HostDeviceOptions | NbdOptions) -> float | None:
     inner = options.file if isinstance(options, RawOptions) else options
     return inner.reconnect_delay if isinstance(inner, NbdOptions) else None
-
-
-async def _open_nbd(options: NbdOptions, *, read_only: bool) -> NbdDevice:
-    endpoint, where = _endpoint(options)
-    link = LinkOptions(options.reconnect_delay or 0, options.open_timeout, options.x_request_timeout or None)
-    try:
-        return await NbdDevice.open(endpoint, connections=options.x_connections, read_only=read_only, link=link)
-    except DeviceError as error:
-        if error.errno in _UNREACHABLE:
-            raise StateError(f"Failed to connect to '{where}': {error.reason}") from None
-        raise
 
 
 def _endpoint(options: NbdOptions) -> tuple[NbdEndpoint, str]:

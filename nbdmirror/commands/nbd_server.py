@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nbdmirror.commands.export import ExportCommands
-from nbdmirror.errors import ListenError, NotFoundError, StateError, UsageError
+from nbdmirror.errors import ListenError, StateError, UsageError
 from nbdmirror.inventory import Inventory
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import UInt32
@@ -85,9 +85,7 @@ class NbdServerCommands:
             raise StateError("NBD server already running")
 
     def _tls(self, name: str) -> Tls:
-        credentials = self._inventory.objects.get(name)
-        if credentials is None:
-            raise NotFoundError(f"No TLS credentials with id '{name}'")
+        credentials = self._inventory.credentials(name)
         if credentials.tls is None:
             raise StateError("Expected TLS credentials for a server endpoint")
         return credentials.tls

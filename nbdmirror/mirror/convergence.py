@@ -2,7 +2,8 @@
 
 Rules:
 1. A guest that rewrites faster than passes get shorter is held back in turns of HOLD_SECONDS, but only where that can succeed
-   soon; a slow target never slows a guest for long.
+   soon, which the first turn shows: what the guest takes of the processors is free for copying then. A slow target never
+   slows a guest for long.
 2. Whoever holds the guest back can be cancelled, and gives up in time: a source that does not finish its writes, or a target
    that does not answer, holds nobody for ever.
 """
@@ -41,17 +42,14 @@ class Convergence:
         """Copy, pass after pass, until there is a moment at which nothing is left."""
         left = self._state.remaining_bytes
         while True:
-            started, before = time.monotonic(), self._counters.offset
             if not await self._transfer.sweep(left):
                 await self._job.nap(pace.RELEASE_SECONDS)  # all that is dirty is being written just now
             if self._state.is_synced:
                 self.is_stuck = False
                 return
-            rate = (self._counters.offset - before) / max(time.monotonic() - started, 1e-6)
             was_left, left = left, self._state.remaining_bytes
             self.is_stuck = left > was_left * pace.SHRINKING
-            worth_it = not self._job.speed and self.is_stuck and left <= rate * pace.CLOSE_IN_SECONDS
-            if worth_it and await self._close_in():
+            if self.is_stuck and not self._job.speed and await self._close_in():
                 self.is_stuck = False
                 return
 
@@ -59,6 +57,7 @@ class Convergence:
         """Hold the guest's writes for short turns. True once nothing is left, False if the turns get nowhere."""
         left = self._state.remaining_bytes
         for turn in range(pace.CLOSE_IN_TURNS):
+            started, before = time.monotonic(), self._counters.offset
             try:
                 async with self.guest_held(pace.PATIENCE_SECONDS):
                     await self._transfer.sweep_held(time.monotonic() + pace.HOLD_SECONDS, grace=pace.HOLD_SECONDS)
@@ -67,6 +66,9 @@ class Convergence:
             except TimeoutError:
                 return False
             if self._transfer.is_to_rest():
+                return False
+            rate = (self._counters.offset - before) / (time.monotonic() - started)
+            if self._state.remaining_bytes > rate * pace.CLOSE_IN_SECONDS:
                 return False
             await self._job.nap(pace.RELEASE_SECONDS)
             if turn % pace.CLOSE_IN_CHECK == pace.CLOSE_IN_CHECK - 1:

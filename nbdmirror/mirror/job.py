@@ -192,7 +192,8 @@ class MirrorJob(Job):
     async def _stay_in_step(self) -> None:
         """READY: copy what is written, until told to end."""
         while not self._ending:
-            await self._transfer.sweep()
+            # Pass by pass: under a guest that never stops writing one sweep of everything would never end.
+            await self._transfer.sweep(max(self.state.remaining_bytes, pace.SMALL))
             self._note_sync()
             if self.state.is_synced and not self._ending:
                 await self._wait_for_write()
@@ -258,7 +259,8 @@ class MirrorJob(Job):
             return
         action = self._trouble.strikes(failure, time.monotonic())
         if action is not None:
-            _log.warning("job '%s': %s failed, %s: %s", self.id, failure.operation, action, failure)
+            if action is not Action.REPORT:  # which the job's end tells
+                _log.warning("job '%s': %s failed, %s: %s", self.id, failure.operation, action, failure)
             self._emit("BLOCK_JOB_ERROR", {"device": self.id, "operation": failure.operation, "action": action})
         if action is Action.STOP:
             self._pause_wanted = True

@@ -162,8 +162,9 @@ class Transfer:
         return self.throttle.delay(time.monotonic()) if unit.data_length else 0.0
 
     def _is_full_for(self, unit: Unit) -> bool:
-        options = self._copier.options
-        return len(self.tasks) >= options.requests or 0 < self._buffered > options.buffer - unit.data_length
+        if len(self.tasks) >= self._copier.options.requests:
+            return True
+        return 0 < self._buffered > self._copier.buffer - unit.data_length
 
     # --- what is next ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from nbdmirror.devices.uri import ClientTls
 from nbdmirror.errors import StateError, UsageError
 from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.server.tls import CA_CERT, SERVER_CERT, SERVER_KEY, Tls, certificate_context, parse_psk, psk_context
@@ -26,12 +27,23 @@ _CLIENT_KEY: Final = "client-key.pem"
 
 @dataclass(frozen=True, slots=True)
 class TlsCredentials:
-    """A directory of credentials, checked. `tls` is how a server uses them; a client gives libnbd directory and user name."""
+    """A directory of credentials, checked. `tls` is how a server uses them; a client gives libnbd directory and user name.
+
+    A client that does not `verify_peer` talks to any server."""
 
     directory: str
     endpoint: Endpoint
     tls: Tls | None = None
     psk_username: str | None = None
+    verify_peer: bool = True
+
+    def for_client(self, hostname: str) -> ClientTls:
+        """What a client needs that expects `hostname`, or the name it connects to; raises StateError."""
+        if self.endpoint != "client":
+            raise StateError("Expected TLS credentials for a client endpoint")
+        if self.psk_username is not None:
+            return ClientTls(psk_file=str(Path(self.directory) / PSK_FILE), username=self.psk_username)
+        return ClientTls(certificates=self.directory, hostname=hostname, verify=self.verify_peer)
 
     @classmethod
     def certificates(cls, directory: str, endpoint: Endpoint, *, verify_peer: bool) -> TlsCredentials:
@@ -46,7 +58,7 @@ class TlsCredentials:
             return cls(directory, endpoint, Tls(TlsMode.REQUIRE, context))
         if any((Path(directory) / name).exists() for name in (_CLIENT_CERT, _CLIENT_KEY)):
             _check_access(directory, (_CLIENT_CERT, _CLIENT_KEY))
-        return cls(directory, endpoint)
+        return cls(directory, endpoint, verify_peer=verify_peer)
 
     @classmethod
     def keys(cls, directory: str, endpoint: Endpoint, username: str) -> TlsCredentials:

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from nbdmirror.errors import UsageError
 from nbdmirror.units import parse_size
-from tests.benchmarks import copying, machine, serving
+from tests.benchmarks import bitmaps, copying, machine, mirroring, serving
 from tests.benchmarks.goals import markdown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from types import FrameType
+
+    from tests.benchmarks.goals import Row
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,9 +37,13 @@ def main(arguments: Sequence[str]) -> int:
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         if options.what in {"server", "all"}:
-            found["server"] = _servers(options)
+            found["server"] = _with_goals(serving.measure(_options(options, serving.DEFAULT_SIZE)))
         if options.what in {"copy", "all"}:
             found["copy"] = _copies(options)
+        if options.what in {"mirror", "all"}:
+            found["mirror"] = _with_goals(mirroring.measure(_options(options, mirroring.DEFAULT_SIZE)))
+        if options.what in {"bitmap", "all"}:
+            found["bitmap"] = _with_goals(bitmaps.measure(_options(options, bitmaps.DEFAULT_SIZE)))
     except machine.BenchmarkError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -48,11 +54,21 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _servers(options: argparse.Namespace) -> list[dict[str, Any]]:
-    size = options.size or serving.DEFAULT_SIZE
-    chosen = serving.Options(options.runs, options.seconds, size, options.only, options.directory, options.wait)
-    rows = list(serving.measure(chosen))
-    print(f"\n{markdown(rows)}\n\n{serving.summary(rows)}", flush=True)
+def _options(options: argparse.Namespace, size: int) -> serving.Options:
+    size = options.size or size
+    return serving.Options(options.runs, options.seconds, size, options.only, options.directory, options.wait)
+
+
+def _with_goals(found: Iterable[Row]) -> list[dict[str, Any]]:
+    """Measure; each row is said as it is finished, and all of them are in the end."""
+    rows: list[Row] = []
+    try:
+        for row in found:
+            rows.append(row)
+            print(f"bench: {row}", file=sys.stderr)
+    finally:
+        if rows:
+            print(f"\n{markdown(rows)}\n\n{serving.summary(rows)}", flush=True)
     return [row.as_json() for row in rows]
 
 
@@ -65,13 +81,16 @@ def _copies(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("run bench", description="nbdmirror and its peers side by side.")
-    parser.add_argument("what", nargs="?", choices=["server", "copy", "all"], default="all", help="what to measure (all)")
+    what = ["server", "copy", "mirror", "bitmap", "all"]
+    parser.add_argument("what", nargs="?", choices=what, default="all", help="what to measure (all)")
     parser.add_argument("--runs", type=_positive, help="how often each tool's turn comes (5)")
     parser.add_argument("--seconds", type=float, help="how long each request load lasts (0.6)")
     parser.add_argument("--quick", action="store_true", help="3 runs of 0.5 seconds")
-    parser.add_argument("--only", type=_pattern, default=re.compile(""), help="rows of `server` that this pattern is found in")
+    parser.add_argument(
+        "--only", type=_pattern, default=re.compile(""), help="rows that this pattern is found in, but of `copy`"
+    )
     parser.add_argument("--directory", type=Path, default=Path("/var/tmp"), help="on a real file system (/var/tmp)")
-    parser.add_argument("--size", type=_size, help="of the disk (server 1G, copy 4G)")
+    parser.add_argument("--size", type=_size, help="of the disk (server and bitmap 1G, copy and mirror 4G)")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds at most, before each turn, for an idle machine (0)")
     parser.add_argument("--json", metavar="FILE", help="write every measurement there")
     options = parser.parse_args(arguments)

@@ -108,6 +108,13 @@ class Row:
         """Whether the goal was reached."""
         return self.goal.is_met(self.values)
 
+    def __str__(self) -> str:
+        values = ", ".join(f"{tool} {self._tool(tool)}" for tool in self.values)
+        verdict = "met" if self.is_met else "not met"
+        return "; ".join(
+            part for part in (f"{self.work}, on {self.place}", values, self._ratio(), str(self.goal), verdict) if part
+        )
+
     def cells(self, tools: Sequence[str]) -> list[str]:
         """The line of the table."""
         medians = [self._tool(tool) for tool in tools]

@@ -272,6 +272,23 @@ def test_certificates_as_objects(server: tuple[Daemon, Control], tmp_path: Path)
     run("nbdinfo", f"{where}?tls-certificates={known}")
 
 
+def test_credentials_of_a_disk_elsewhere(server: tuple[Daemon, Control], tmp_path: Path) -> None:
+    _, qmp = server
+    ours, theirs = Authority(tmp_path / "ca"), Authority(tmp_path / "ca2", "strangers")
+    options = ["-p", "0", "--tls-certificates", str(ours.server(tmp_path / "server"))]
+    qmp.ask("object-add", qom_type="tls-creds-x509", id="mine", dir=str(ours.client(tmp_path / "client")))
+    qmp.ask("object-add", qom_type="tls-creds-x509", id="strangers", dir=str(theirs.client(tmp_path / "stranger")))
+    qmp.ask("object-add", qom_type="tls-creds-x509", id="server", dir=str(tmp_path / "server"), endpoint="server")
+    with serving(make_disk(tmp_path / "far", SIZE), *options, tcp=True) as far:
+        port = far.uri.removeprefix("nbds://127.0.0.1:").strip("/")
+        node = {"driver": "nbd", "node_name": "far", "server": {"type": "inet", "host": "127.0.0.1", "port": port}}
+        assert qmp.refused("blockdev-add", **node, tls_creds="zz") == "No TLS credentials with id 'zz'"
+        assert qmp.refused("blockdev-add", **node, tls_creds="server") == "Expected TLS credentials for a client endpoint"
+        assert "certificate" in qmp.refused("blockdev-add", **node, tls_creds="strangers").lower()
+        qmp.ask("blockdev-add", **node, tls_creds="mine")
+        qmp.ask("blockdev-del", node_name="far")
+
+
 def test_credentials_that_are_none(server: tuple[Daemon, Control], tmp_path: Path) -> None:
     _, qmp = server
     keys = tmp_path / "keys.psk"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from nbdmirror.errors import DeviceError, StateError, UsageError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.state import BitmapRequest, StateOptions, set_up_bitmaps
 from nbdmirror.units import GiB, KiB, MiB, TiB
+from tests.support.fakes import GatedDevice, settled
 from tests.support.stated import SIZE, everything, files, runs, served, stores_of
 from tests.support.tools import make_disk
 
@@ -160,12 +162,23 @@ async def test_disk_that_is_closed_takes_its_bitmaps_along(disk: Path, state: Pa
 
 async def test_bitmap_joins_while_nothing_is_in_flight(disk: Path, state: Path) -> None:
     async with served(disk, state, sync=Sync.INTENT) as node:
-        async with node.device.drained():
-            creating = asyncio.create_task(stores_of(node).create(node, "a"))
-            write = asyncio.create_task(node.device.pwrite(b"x", 0))
-            bitmap = await creating
-        await write
-        assert bitmap.bits.count == 1
+        below = GatedDevice(SIZE, name="another disk")
+        other = Node("other", "file", below)
+        early = asyncio.create_task(other.device.pwrite(b"x", 0))
+        held = await below.next()
+        creating = asyncio.create_task(stores_of(node).create(other, "a"))
+        async with asyncio.timeout(10):
+            while not other.device.is_drained:
+                await asyncio.sleep(0)
+        late = asyncio.create_task(other.device.pwrite(b"x", MiB))
+        await settled()
+        assert not creating.done()
+        held.finish()
+        await early
+        await creating
+        (await below.next()).finish()
+        await late
+        assert runs(other, "a") == [(16, 17)]
 
 
 async def test_no_room_is_told_and_leaves_nothing(disk: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,19 +232,52 @@ async def test_without_a_directory_bitmaps_are_in_memory(disk: Path) -> None:
 # --- the file below --------------------------------------------------------------------------------------------------
 
 
-async def test_mapped_file_writes_in_order_even_if_nobody_waits(tmp_path: Path) -> None:
+async def test_writes_through_are_in_order_even_if_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = MappedFile.create(tmp_path / "f", 8192, {0: b"head"})
-    tasks = [asyncio.create_task(file.write_through(4096, bytes([number]) * 4096)) for number in range(20)]
-    await asyncio.sleep(0)
-    for task in tasks[:-1]:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    assert bytes(file.content[4096:]) == bytes([19]) * 4096
-    file.content[:4] = b"tail"
-    file.distrust()
-    await file.sync(0, 8192)
-    assert (tmp_path / "f").read_bytes()[:4] == b"tail"
+    assert bytes(file.content[:5]) == b"head\0"
+    begun, go_on, write = [], threading.Event(), os.pwritev
+
+    def slow(fd: int, buffers: tuple[bytes], offset: int, flags: int) -> int:
+        begun.append(bytes(buffers[0]))
+        assert go_on.wait(10)
+        return write(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    older, newer = (asyncio.create_task(file.write_through(4096, content)) for content in (b"older", b"newer"))
+    while not begun:
+        await asyncio.sleep(0)
+    older.cancel()
+    await settled()
+    assert begun == [b"older"]
+    go_on.set()
+    await newer
+    assert bytes(file.content[4096:4101]) == b"newer"
     file.close()
+    file.close()
+
+
+async def test_what_is_not_trusted_is_written_again(tmp_path: Path) -> None:
+    class Noting:
+        def __init__(self, content: memoryview) -> None:
+            self.content, self.stored = content, []  # type: tuple[memoryview, list[int]]
+
+        def __getitem__(self, at: int) -> int:
+            return self.content[at]
+
+        def __setitem__(self, at: int, value: int) -> None:
+            assert self.content[at] == value
+            self.stored.append(at)
+
+    file = MappedFile.create(tmp_path / "f", 4 * 4096, {4096: b"x"})
+    noting = Noting(file.content)
+    file.content = noting  # type: ignore[assignment]
+    await file.sync(4096, 2 * 4096)
+    assert noting.stored == []
+    file.distrust()
+    for _ in range(2):
+        await file.sync(4096, 2 * 4096)
+    assert noting.stored == [4096, 8192]
+    assert not file.has_lost()
     file.close()
 
 

@@ -219,6 +219,24 @@ async def test_writer_that_gives_up_leaves_the_commit_to_the_others() -> None:
     assert first.cancelled()
 
 
+async def test_guard_that_lets_go_finishes_what_is_under_way_and_holds_nobody() -> None:
+    kept = await Kept(Sync.INTENT).up()
+    device = kept.node.device
+    writes = [asyncio.create_task(device.pwrite(b"x", offset)) for offset in (0, REGION)]
+    call = await kept.next("write_through")
+    kept.node.unguard(kept.guard)
+    ending = asyncio.create_task(kept.guard.aclose())
+    await settled()
+    assert not ending.done()
+    call.finish()
+    await ending
+    for _ in writes:
+        (await kept.disk.next()).finish()
+    await asyncio.gather(*writes)
+    assert kept.held == []
+    assert device.pwrite_now(b"x", 2 * REGION)
+
+
 async def test_checkpoint_takes_idle_regions_off_the_record_once_their_bits_are_durable() -> None:
     kept = await Kept(Sync.INTENT).up()
     await on_record(kept, 0, REGION)

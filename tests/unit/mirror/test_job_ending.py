@@ -136,6 +136,30 @@ async def test_pause_in_the_end_lets_the_guest_go() -> None:
     assert rig.target.data == rig.source.data
 
 
+async def test_guest_that_never_stops_does_not_put_the_end_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read of the source is answered by a write, so that there is always something left."""
+    monkeypatch.setattr(pace, "SMALL", CHUNK)
+    rig = await ready()
+    rig.source.writes_now = True
+    rig.source.holding.add("pread")
+    assert rig.device.pwrite_now(b"first", 0)
+    held = await rig.source.next()
+    rig.job.complete()
+    for turn in range(200):
+        written = rig.device.pwrite_now(b"%8d" % turn, held.offset)
+        held.finish()
+        if not written:
+            break
+        async with asyncio.timeout(BOUND):
+            held = await rig.source.next()
+    else:
+        pytest.fail("the guest is never held")
+    await rig.release()
+    await rig.until("null")
+    assert rig.pivots == 1
+    assert rig.target.data == rig.source.data
+
+
 # --- waiting to be finalized -------------------------------------------------------------------------------------------
 
 
