@@ -118,6 +118,8 @@ class MirrorCommands:
         self._saved = saved
         self._tasks: set[asyncio.Task[None]] = set()
         self._resuming: set[asyncio.Task[None]] = set()
+        # Saved jobs whose targets are being opened.
+        self._awaited: set[str] = set()
         self._is_ending = False
 
     def register(self, registry: Registry) -> None:
@@ -207,7 +209,7 @@ class MirrorCommands:
         try:
             wanted = _restored(saved.arguments)
             await self._start_again(wanted, saved, how)
-        except (NbdMirrorError, TypeError, ValueError) as error:
+        except (NbdMirrorError, TypeError, ValueError, LookupError) as error:
             _log.error("job '%s' is not resumed: %s", saved.arguments.get("job_id"), error)
 
     async def _start_again(self, wanted: DriveMirror, saved: SavedJob, how: Resume) -> None:
@@ -219,9 +221,16 @@ class MirrorCommands:
             bitmap.bits.fill()
             await self._inventory.keeper.settle(bitmap)
         bitmap.check_modifiable()
-        link = LinkOptions(_HOLD_SECONDS, math.inf, wanted.x_request_timeout or None)
-        connections, verify = wanted.x_connections, wanted.x_tls_verify
-        disk = await open_device(wanted.target, connections=connections, link=link, tls_verify=verify)
+        user = f"saved job {self._check_job_id(wanted.job_id)}"
+        self._awaited.add(str(wanted.job_id))
+        bitmap.users.append(user)
+        try:
+            link = LinkOptions(_HOLD_SECONDS, math.inf, wanted.x_request_timeout or None)
+            connections, verify = wanted.x_connections, wanted.x_tls_verify
+            disk = await open_device(wanted.target, connections=connections, link=link, tls_verify=verify)
+        finally:
+            bitmap.users.remove(user)
+            self._awaited.remove(str(wanted.job_id))
         driver = "file" if isinstance(disk, FileDevice) else "nbd"
         target = Node(wanted.node_name or self._inventory.implicit_name(), driver, disk, implicit=True)
         try:
@@ -251,14 +260,14 @@ class MirrorCommands:
 
     async def aclose(self) -> None:
         """Finish with the jobs that have ended."""
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # --- starting --------------------------------------------------------------------------------------------------
 
     def _check_job_id(self, job_id: str | None) -> str:
         if job_id is None:
             raise StateError("An explicit job ID is required")
-        if job_id in self._inventory.jobs:
+        if job_id in self._inventory.jobs or job_id in self._awaited:
             raise StateError(f"Job ID '{job_id}' already in use")
         return job_id
 

@@ -125,6 +125,7 @@ def test_target_that_comes_later(stack: ExitStack, tmp_path: Path, state: list[s
     target.peer.kill()
     scene.serve("", *state)
     scene.guest_writes(CHUNK)
+    refused(ask(scene.daemon, "mirror", str(scene.image), "--job-id", "mirror0"), 1, "Job ID 'mirror0' already in use")
     again = stack.enter_context(plugins.fault(f"file={scene.image}", "volatile=50%", after=target))
     until(lambda: "mirror0" in scene.jobs(), "the job is resumed")
     until(scene.is_ready, "the job is ready again")
