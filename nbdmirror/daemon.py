@@ -28,6 +28,7 @@ from nbdmirror.commands.job import JobCommands
 from nbdmirror.commands.mirror import MirrorCommands
 from nbdmirror.commands.nbd_server import NbdServerCommands
 from nbdmirror.commands.object import ObjectCommands
+from nbdmirror.commands.saved_jobs import SavedJobs
 from nbdmirror.commands.transaction import TransactionCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
@@ -79,6 +80,8 @@ class Daemon:
         self._reason = "host-qmp-quit"
         self.exit_status = 0  # also of what fails at the end
         self._endpoints: list[NbdEndpoint] = []
+        self._saved: SavedJobs | None = None
+        self._mirrors: MirrorCommands
 
     async def set_up(self, stack: AsyncExitStack) -> None:
         """Build everything; what is entered into `stack` is undone in reverse order."""
@@ -101,7 +104,11 @@ class Daemon:
             read_only=options.read_only,
             bitmaps=LiveBitmaps(inventory, node.device),
         )
+        if options.state.directory is not None and not node.is_read_only:
+            self._saved = SavedJobs.open(options.state.directory)
+        self._mirrors = MirrorCommands(inventory, self._monitor.emit, self._saved)
         exports = self._register_commands()
+        stack.push_async_callback(self._mirrors.aclose)
         stack.push_async_callback(self._monitor.aclose)
         listener = self._listen(stack, export)
         stack.push_async_callback(exports.aclose)
@@ -115,6 +122,7 @@ class Daemon:
         if options.pid_file is not None:
             stack.enter_context(pid_file(options.pid_file))
         await listener.start()
+        self._mirrors.resume_all(options.resume)
         self._say_ready()
 
     def _register_commands(self) -> ExportCommands:
@@ -129,7 +137,7 @@ class Daemon:
             NbdServerCommands(inventory, exports),
             ObjectCommands(inventory),
             JobCommands(inventory),
-            MirrorCommands(inventory, emit),
+            self._mirrors,
             ControlCommands(registry, self._stop.set),
         ):
             commands.register(registry)
@@ -222,6 +230,7 @@ class Daemon:
         return environment
 
     async def _end_jobs(self) -> None:
+        await self._mirrors.keep_saved()
         for job in list(self._inventory.jobs.values()):
             with suppress(NbdMirrorError):
                 job.cancel()

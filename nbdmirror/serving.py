@@ -11,6 +11,7 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from nbdmirror.commands.saved_jobs import Resume
 from nbdmirror.devices.uri import DEFAULT_PORT
 from nbdmirror.errors import UsageError
 from nbdmirror.protocol.constants import MAX_STRING, TlsMode
@@ -62,6 +63,7 @@ class ServeOptions:
     allow_ip: tuple[str, ...] = ()
     allow_dn: tuple[str, ...] = ()
     state: StateOptions = field(default_factory=StateOptions)
+    resume: Resume = Resume.AUTO
 
     @property
     def is_tcp(self) -> bool:

@@ -17,6 +17,7 @@ import uvloop
 from nbdmirror.cli.bitmap_options import state_options
 from nbdmirror.cli.logs import log_options
 from nbdmirror.cli.options import WORD
+from nbdmirror.commands.saved_jobs import Resume
 from nbdmirror.daemon import serve as run_daemon
 from nbdmirror.errors import UsageError
 from nbdmirror.launch import into_background, open_parent
@@ -85,6 +86,13 @@ class _Vsock(click.ParamType[tuple[int | None, int]]):
 @click.option("--node-name", default="source", show_default=True, help="The disk's name in the control language.")
 @click.option("--qmp", type=WORD, multiple=True, metavar="PATH", help="A control socket (QMP); repeatable.")
 @state_options
+@click.option(
+    "--resume",
+    type=click.Choice([how.value for how in Resume]),
+    default=Resume.AUTO.value,
+    show_default=True,
+    help="Mirror jobs in the state directory: go on with them, have them wait for `resume`, or compare what was copied first.",
+)
 @click.option("--run", metavar="COMMAND", help="Run COMMAND with $uri and $qmp set; stop when it ends, with its status.")
 @click.option("--fork", is_flag=True, help="Return once it listens, and go on in the background.")
 @click.option("--exit-with-parent", is_flag=True, help="Stop when the process that started it ends.")
@@ -117,6 +125,7 @@ def serve(
     ready_fd: int | None,
     pid_file: str | None,
     state: StateOptions,
+    resume: str,
 ) -> int:
     """Export DISK (a raw file, a block device or an NBD URI) and track its writes.
 
@@ -158,6 +167,7 @@ def serve(
         allow_ip=allow_ip,
         allow_dn=allow_dn,
         state=state,
+        resume=Resume(resume),
     )
     return uvloop.run(run_daemon(options))
 

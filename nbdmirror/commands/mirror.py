@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+import logging
+import math
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from nbdmirror.commands.block import DEFAULT_CONNECTIONS, DEFAULT_REQUEST_TIMEOUT
+from nbdmirror.commands.saved_jobs import Resume, SavedJob, SavedJobs
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.nbd import NbdDevice
 from nbdmirror.devices.nbd_link import Link, LinkOptions
@@ -19,9 +23,12 @@ from nbdmirror.mirror.bitmap_form import BitmapForm, Mode, Sync
 from nbdmirror.mirror.copier import DEFAULT_BUFFER, DEFAULT_REQUEST_SIZE, DEFAULT_REQUESTS, CopyOptions
 from nbdmirror.mirror.job import MirrorJob
 from nbdmirror.mirror.options import DEFAULT_GRANULARITY, CopyMode, MirrorOptions
+from nbdmirror.mirror.record import Keep, Record
 from nbdmirror.mirror.trouble import OnError
 from nbdmirror.qmp.registry import Registry
 from nbdmirror.qmp.schema import NonNegative, Positive, UInt32
+
+_log: Final = logging.getLogger(__name__)
 
 # Guests give a disk up after 30 s.
 DEFAULT_PENDING_SECONDS: Final = 20
@@ -105,10 +112,15 @@ class DriveMirror(MirrorArguments):
 class MirrorCommands:
     """Handlers that start jobs."""
 
-    def __init__(self, inventory: Inventory, emit: Emit) -> None:
+    def __init__(self, inventory: Inventory, emit: Emit, saved: SavedJobs | None = None) -> None:
         self._inventory = inventory
         self._emit = emit
-        self._closing: set[asyncio.Task[None]] = set()
+        self._saved = saved
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._resuming: set[asyncio.Task[None]] = set()
+        # Saved jobs whose targets are being opened.
+        self._awaited: set[str] = set()
+        self._is_ending = False
 
     def register(self, registry: Registry) -> None:
         """Name the handlers."""
@@ -138,23 +150,133 @@ class MirrorCommands:
         try:
             if wanted.node_name is not None:  # another client may have taken the name, or removed the source, meanwhile
                 self._inventory.check_node_name(wanted.node_name)
-            self._start(wanted, self._inventory.node(wanted.device), target, options)
+            source = self._inventory.node(wanted.device)
+            self._check_nodes(source, target)
+            own = await self._save(wanted, source, target, options)
+            try:
+                self._start(wanted, self._inventory.node(wanted.device), target, options, own)
+            except NbdMirrorError:
+                if wanted.job_id not in self._inventory.jobs:
+                    await self._forget(str(wanted.job_id))
+                raise
         except NbdMirrorError:
             await disk.aclose()
             raise
         self._inventory.add_node(target)
 
+    # --- jobs that outlive the daemon ------------------------------------------------------------------------------
+
+    async def _save(self, wanted: DriveMirror, source: Node, target: Node, options: MirrorOptions) -> Record | None:
+        """Save the job where it can be resumed: by a persistent bitmap, the user's or, made here and returned, its own."""
+        bitmap = None if wanted.bitmap is None else source.bitmaps.get(wanted.bitmap)
+        has_own = wanted.bitmap is None and wanted.bitmap_mode is None and wanted.sync in ("full", "top")
+        is_live = bitmap is not None and bitmap.persistent and wanted.bitmap_mode is None and wanted.sync == "full"
+        if self._saved is None or source.is_read_only or not (has_own or is_live):
+            return None
+        job_id = self._check_job_id(wanted.job_id)
+        name = f"#mirror-{job_id}" if has_own else str(wanted.bitmap)
+        if has_own:
+            granularity = max(options.granularity, target.device.limits.minimum, source.device.limits.minimum)
+            stale = source.bitmaps.get(name)
+            if stale is not None:
+                await self._inventory.keeper.remove(stale)
+            bitmap = await self._inventory.keeper.create(source, name, granularity, recording=True)
+            bitmap.bits.fill()
+            await self._inventory.keeper.settle(bitmap)
+        await self._saved.put(job_id, SavedJob(asdict(wanted), name, has_own, target.disk.size))
+        return Record(bitmap, Keep.LIVE) if has_own and bitmap is not None else None
+
+    async def _forget(self, job_id: str) -> None:
+        """A job has ended: it is not resumed any more."""
+        saved = None if self._saved is None else self._saved.get(job_id)
+        if self._saved is None or saved is None:
+            return
+        try:
+            await self._saved.drop(job_id)
+            node = self._inventory.nodes.get(str(saved.arguments["device"]))
+            bitmap = None if node is None else node.bitmaps.get(saved.bitmap)
+            if saved.own and bitmap is not None:
+                await self._inventory.keeper.remove(bitmap)
+        except NbdMirrorError as error:
+            _log.error("job '%s' has ended, but is still saved: %s", job_id, error)
+
+    def resume_all(self, how: Resume) -> None:
+        """Start what was saved when the daemon last ended, as soon as its target can be reached."""
+        for saved in self._saved or ():
+            self._run(self._resume(saved, how), self._resuming)
+
+    async def _resume(self, saved: SavedJob, how: Resume) -> None:
+        try:
+            wanted = _restored(saved.arguments)
+            await self._start_again(wanted, saved, how)
+        except (NbdMirrorError, TypeError, ValueError, LookupError) as error:
+            _log.error("job '%s' is not resumed: %s", saved.arguments.get("job_id"), error)
+
+    async def _start_again(self, wanted: DriveMirror, saved: SavedJob, how: Resume) -> None:
+        source = self._inventory.node(wanted.device)
+        _, bitmap = self._inventory.bitmap(source.name, saved.bitmap)
+        if bitmap.inconsistent:
+            _log.warning("job '%s': its bitmap is inconsistent, everything is copied again", wanted.job_id)
+            source.bitmaps.clear(bitmap)
+            bitmap.bits.fill()
+            await self._inventory.keeper.settle(bitmap)
+        bitmap.check_modifiable()
+        user = f"saved job {self._check_job_id(wanted.job_id)}"
+        self._awaited.add(str(wanted.job_id))
+        bitmap.users.append(user)
+        try:
+            link = LinkOptions(_HOLD_SECONDS, math.inf, wanted.x_request_timeout or None)
+            connections, verify = wanted.x_connections, wanted.x_tls_verify
+            disk = await open_device(wanted.target, connections=connections, link=link, tls_verify=verify)
+        finally:
+            bitmap.users.remove(user)
+            self._awaited.remove(str(wanted.job_id))
+        driver = "file" if isinstance(disk, FileDevice) else "nbd"
+        target = Node(wanted.node_name or self._inventory.implicit_name(), driver, disk, implicit=True)
+        try:
+            if disk.size != saved.size:
+                raise StateError(f"its target '{disk.name}' has {disk.size} bytes now and had {saved.size}: it is another one")
+            options = replace(wanted.options(unmap=wanted.unmap), verify=how is Resume.VERIFY, target_is_zero=False)
+            self._start(wanted, source, target, options, Record(bitmap, Keep.LIVE))
+        except NbdMirrorError:
+            await disk.aclose()
+            raise
+        self._inventory.add_node(target)
+        if how is Resume.MANUAL:
+            self._inventory.job(str(wanted.job_id)).pause()
+
+    def _run(self, work: Coroutine[None, None, None], tasks: set[asyncio.Task[None]]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def keep_saved(self) -> None:
+        """The daemon ends: jobs that end from now on are to be resumed, and nobody waits for a target any more."""
+        self._is_ending = True
+        tasks = list(self._resuming)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def aclose(self) -> None:
+        """Finish with the jobs that have ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- starting --------------------------------------------------------------------------------------------------
+
     def _check_job_id(self, job_id: str | None) -> str:
         if job_id is None:
             raise StateError("An explicit job ID is required")
-        if job_id in self._inventory.jobs:
+        if job_id in self._inventory.jobs or job_id in self._awaited:
             raise StateError(f"Job ID '{job_id}' already in use")
         return job_id
 
-    def _start(self, wanted: MirrorArguments, source: Node, target: Node, options: MirrorOptions) -> None:
+    def _start(
+        self, wanted: MirrorArguments, source: Node, target: Node, options: MirrorOptions, own: Record | None = None
+    ) -> None:
         self._check_nodes(source, target)
         form = BitmapForm(wanted.sync, wanted.bitmap, wanted.bitmap_mode, wanted.granularity)
-        record = form.record(
+        record = own or form.record(
             lambda name: self._inventory.bitmap(source.name, name)[1],
             source.device.limits.minimum,
             target.device.limits.minimum,
@@ -200,9 +322,15 @@ class MirrorCommands:
         target.users.discard("mirror target")
         if target.implicit and not self._inventory.is_exported(target):
             del self._inventory.nodes[target.name]
-            task = asyncio.get_running_loop().create_task(target.disk.aclose())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+            self._run(target.disk.aclose(), self._tasks)
+        if not self._is_ending:
+            self._run(self._forget(job.id), self._tasks)
+
+
+def _restored(arguments: dict[str, Any]) -> DriveMirror:
+    """What was saved with `asdict`."""
+    kinds = {"copy_mode": CopyMode, "on_source_error": OnError, "on_target_error": OnError}
+    return DriveMirror(**{**arguments, **{name: kind(arguments[name]) for name, kind in kinds.items()}})
 
 
 def _base(node: Node) -> Node:

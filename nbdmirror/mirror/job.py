@@ -38,6 +38,7 @@ from nbdmirror.mirror.quiet import until_quiet
 from nbdmirror.mirror.rates import Rates
 from nbdmirror.mirror.transfer import Transfer
 from nbdmirror.mirror.trouble import Action, CopyFailed, Trouble
+from nbdmirror.mirror.verify import verify
 from nbdmirror.mirror.zero_map import ZeroMap
 
 if TYPE_CHECKING:
@@ -166,9 +167,12 @@ class MirrorJob(Job):
         self._recorder.missed = True
 
     async def _prepare(self) -> None:
-        copies_all = self.options.sync != "none" and self.record is None
-        if copies_all:
+        if self.options.sync != "none" and self.record is None:
             self.state.dirty.fill()
+        copies_all = self.state.dirty.count == self.state.dirty.chunks > 0
+        if self.options.verify:
+            record = self.record.bitmap.bits if self.record is not None else None
+            await self.unless_cancelled(verify(self.source, self.target, self.state, record))
         if self.options.target_is_zero:
             self._zero_map.set_zero(0, self.source.size)
         elif copies_all:

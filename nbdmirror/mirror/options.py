@@ -30,6 +30,7 @@ class MirrorOptions:
     `pending_seconds` is how long a job that waits to be finalized holds the guest, None for as long as it takes. Without
     `flush` nothing makes the copy durable. `larger_target` takes any target that the source fits into.
     `reconnect_seconds` is how long a target that is lost is waited for, None for as long as it takes.
+    With `verify` what the bitmap has as clean is compared first.
     """
 
     sync: Literal["full", "none"] = "full"
@@ -40,6 +41,7 @@ class MirrorOptions:
     flush: bool = True
     larger_target: bool = False
     reconnect_seconds: float | None = None
+    verify: bool = False
     on_source_error: OnError = OnError.REPORT
     on_target_error: OnError = OnError.REPORT
     copy: CopyOptions = field(default_factory=CopyOptions)
