@@ -21,20 +21,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror import __version__, systemd
+from nbdmirror.commands.bitmap import BitmapCommands
+from nbdmirror.commands.bitmap_actions import BitmapActions
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
+from nbdmirror.commands.export import ExportCommands
 from nbdmirror.commands.job import JobCommands
+from nbdmirror.commands.mirror import MirrorCommands
+from nbdmirror.commands.nbd_server import NbdServerCommands
+from nbdmirror.commands.object import ObjectCommands
+from nbdmirror.commands.saved_jobs import SavedJobs
+from nbdmirror.commands.transaction import TransactionCommands
 from nbdmirror.disks import Disks
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
 from nbdmirror.heartbeat import Heartbeat, interval_of
 from nbdmirror.inventory import Inventory
 from nbdmirror.launch import check_writable, pid_file, tell_background, write_line
-from nbdmirror.protocol.constants import TlsMode
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
-from nbdmirror.server.listener import Listener
-from nbdmirror.serving import FIXED, access_of, check_exposure, check_names, endpoint_of, server_sockets, tls_of
+from nbdmirror.server.listener import Listener, allow_many_files
+from nbdmirror.serving import FIXED, access_of, check_exposure, check_names, server_sockets, tls_of
+from nbdmirror.state import set_up_bitmaps
 
 if TYPE_CHECKING:
     from nbdmirror.devices.uri import NbdEndpoint
@@ -49,10 +57,12 @@ _JOIN_SECONDS: Final = 10.0
 
 async def serve(options: ServeOptions, source: Source | None = None) -> int:
     """Serve until told to stop; returns the exit status. Where there is a `source`, SIGHUP asks it for other options."""
+    allow_many_files()
     async with AsyncExitStack() as stack:
         daemon = Daemon(options, source)
         await daemon.set_up(stack)
-        return await daemon.wait()
+        await daemon.wait()
+    return daemon.exit_status
 
 
 class Daemon:
@@ -71,8 +81,11 @@ class Daemon:
         self._stop = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         self._reason = "host-qmp-quit"
-        self._exit_status = 0
+        self.exit_status = 0  # also of what fails at the end
         self._endpoints: list[NbdEndpoint] = []
+        self._served_uris: set[str] = set()
+        self._saved: SavedJobs | None = None
+        self._mirrors: MirrorCommands
         interval = interval_of(os.environ)
         self._heartbeat = None if interval is None else Heartbeat(self._status, interval)
 
@@ -89,12 +102,13 @@ class Daemon:
         stack.push_async_callback(self._close_nodes)
         await self._disks.serve(options.disks)
         self._watch(stack)  # before there is anything that a signal could leave behind
-        BlockCommands(inventory).register(self._registry)
-        JobCommands(inventory, self._monitor.emit).register(self._registry)
-        ControlCommands(self._stop.set).register(self._registry)
+        await self._set_up_state(stack)
+        self._mirrors = MirrorCommands(inventory, self._monitor.emit, self._saved)
+        exports = self._register_commands()
+        stack.push_async_callback(self._mirrors.aclose)
         stack.push_async_callback(self._monitor.aclose)
         listener = self._listen(stack)
-        self._note_uris()
+        stack.push_async_callback(exports.aclose)
         for path in options.qmp_paths:
             await self._monitor.listen(path)
         for passed in options.activated.control:
@@ -106,9 +120,39 @@ class Daemon:
         if self._source is not None:
             self._reload_at_hangup(stack, self._source, listener)
         await listener.start()
+        self._mirrors.resume_all(options.resume)
         self._say_ready()
 
-    async def wait(self) -> int:
+    async def _set_up_state(self, stack: AsyncExitStack) -> None:
+        """The bitmaps and the saved jobs, which only a disk that is alone has."""
+        options, inventory = self._options, self._inventory
+        if not options.keeps_bitmaps:
+            return
+        node = inventory.node(options.disks[0].node_name)
+        stores = await set_up_bitmaps(stack, node, options.state)
+        inventory.keeper = stores or inventory.keeper
+        if options.state.directory is not None and not node.is_read_only:
+            self._saved = SavedJobs.open(options.state.directory)
+
+    def _register_commands(self) -> ExportCommands:
+        registry, inventory, emit = self._registry, self._inventory, self._monitor.emit
+        actions = BitmapActions(inventory)
+        exports = ExportCommands(inventory, emit)
+        for commands in (
+            BlockCommands(inventory),
+            BitmapCommands(inventory, actions),
+            TransactionCommands(inventory, actions),
+            exports,
+            NbdServerCommands(inventory, exports),
+            ObjectCommands(inventory),
+            JobCommands(inventory),
+            self._mirrors,
+            ControlCommands(registry, self._stop.set),
+        ):
+            commands.register(registry)
+        return exports
+
+    async def wait(self) -> None:
         """Serve until a signal, `quit`, or the end of the command that was to be run."""
         if self._options.run is None:
             await self._stop.wait()
@@ -118,24 +162,22 @@ class Daemon:
         if self._heartbeat is not None:
             self._heartbeat.ending()
         self._monitor.emit("SHUTDOWN", {"guest": False, "reason": self._reason})
-        return self._exit_status
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
     def _listen(self, stack: AsyncExitStack) -> Listener:
         options = self._options
-        sockets = server_sockets(options)
-        exports, limit = self._disks.exports, options.max_clients
-        listener = Listener(sockets, exports, max_clients=limit, tls=self._tls, access=self._access)
+        sockets, limit = server_sockets(options), options.max_clients
+        listener = Listener(sockets, self._disks.exports, max_clients=limit, tls=self._tls, access=self._access)
         stack.push_async_callback(listener.aclose)
-        tls = self._tls.mode is TlsMode.REQUIRE
-        self._endpoints = [endpoint_of(each, options.disks[0].export_name, tls=tls) for each in sockets]
+        self._endpoints = listener.endpoints(options.disks[0].export_name)
+        self._note_uris()
         return listener
 
     def _status(self) -> str:
         """What there is, on a line."""
-        exports = self._disks.exports.values()
-        parts = [f"exports: {len(exports)}", f"clients: {sum(export.clients for export in exports)}"]
+        exports = [each.export for each in self._inventory.exports.values()]
+        parts = [f"exports: {len(exports)}", f"clients: {sum(len(export.sessions) for export in exports)}"]
         parts += [f"job {job.id}: {job.status}" for job in self._inventory.jobs.values()]
         return ", ".join(parts)
 
@@ -145,16 +187,22 @@ class Daemon:
             return
         from nbdmirror.metrics import collector, endpoint  # noqa: PLC0415  only who wants it waits for it
 
-        registry = collector.registry(self._disks.exports.values, self._inventory)
+        registry = collector.registry(self._inventory)
         sockets = options.activated.metrics or [endpoint.listen(str(options.metrics))]
         metrics = endpoint.MetricsEndpoint(registry, sockets)
         stack.push_async_callback(metrics.aclose)
         await metrics.start()
 
     def _note_uris(self) -> None:
-        """Let the inventory know where its own exports can be reached."""
-        uris = {replace(each, export=name).uri for each in self._endpoints for name in self._disks.exports}
-        self._inventory.own_uris = uris
+        """Let the inventory know where the disks' exports can be reached; the NBD server's it knows."""
+        inventory = self._inventory
+        uris = {name: [replace(each, export=name).uri for each in self._endpoints] for name in self._disks.exports}
+        inventory.own_uris -= self._served_uris
+        self._served_uris = {uri for found in uris.values() for uri in found}
+        inventory.own_uris |= self._served_uris
+        for each in inventory.exports.values():
+            if each.server is None:
+                each.uri = uris[each.export.name][0]
 
     @property
     def _uri(self) -> str:
@@ -210,6 +258,8 @@ class Daemon:
         check_names(wanted)
         access, tls = access_of(wanted), tls_of(wanted)
         check_exposure(wanted, tls)
+        if wanted.keeps_bitmaps and self._disks.would_change(wanted.disks):
+            raise UsageError("--state-dir and -B are for the disk that the daemon was started with; restart it for another")
         await self._disks.serve(wanted.disks)
         fixed = [name for field, name in FIXED.items() if getattr(wanted, field) != getattr(self._options, field)]
         if tls.mode is self._tls.mode:
@@ -255,8 +305,8 @@ class Daemon:
             with suppress(ProcessLookupError):
                 process.terminate()
         status = await ended
-        self._exit_status = status if status >= 0 else 128 - status
-        _log.info("%s ended with status %d", shlex.quote(command), self._exit_status)
+        self.exit_status = status if status >= 0 else 128 - status
+        _log.info("%s ended with status %d", shlex.quote(command), self.exit_status)
 
     def _environment(self) -> dict[str, str]:
         """Our own, with the addresses; without what would let the command speak to the service manager in our name."""
@@ -272,6 +322,7 @@ class Daemon:
         return environment
 
     async def _end_jobs(self) -> None:
+        await self._mirrors.keep_saved()
         for job in list(self._inventory.jobs.values()):
             with suppress(NbdMirrorError):
                 job.cancel()
@@ -282,11 +333,13 @@ class Daemon:
 
     async def _close_nodes(self) -> None:
         for node in self._inventory.nodes.values():
+            if node.child is not None:
+                continue
             try:
-                if not node.is_read_only:
+                if not node.disk.capabilities.read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):
                         await node.disk.flush()
             except (DeviceError, TimeoutError) as error:
                 _log.error("what was written last may not be durable: %s", error or f"{node.disk.name} does not answer")
-                self._exit_status = self._exit_status or 1
+                self.exit_status = self.exit_status or 1
             await node.disk.aclose()

@@ -9,17 +9,20 @@ Rules:
 
 from __future__ import annotations
 
+import itertools
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from nbdmirror.commands.export import SERVED_EXPORT
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.open import open_device
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
-from nbdmirror.inventory import Inventory, Node
+from nbdmirror.inventory import Inventory, LiveBitmaps, Node
 from nbdmirror.server.export import Export
+from nbdmirror.server.nbd_server import BlockExport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -50,16 +53,24 @@ class Disks:
                 disks.append(await open_device(options.disk, read_only=options.read_only))
                 opened.push_async_callback(disks[-1].aclose)
             self._check(leaving, new, disks)
+            for disk in disks:
+                if not any(_is_one_disk(disk, node.disk) for node in self._inventory.nodes.values()):
+                    await disk.lock()
             opened.pop_all()
         # Meanwhile clients may have come; from here to where the exports are hidden nothing waits.
         nodes = [node for each in leaving if not self._is_kept(each) for node in self._hide(each)]
         for node in nodes:
             await self._close(node)
         for options, disk in zip(new, disks, strict=True):
-            if options.export_name in self.exports or not self._add(options, disk):
+            if options.export_name in self.exports or not await self._add(options, disk):
                 await disk.aclose()
         for name in self.exports.keys() & names.keys():
             self.exports[name].description = names[name].description
+
+    def would_change(self, wanted: Sequence[DiskOptions]) -> bool:
+        """Whether `serve` would open or close a disk for these."""
+        names = {options.export_name: options for options in wanted}
+        return names.keys() != self._served.keys() or any(_differ(each, names[name]) for name, each in self._served.items())
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
@@ -73,25 +84,42 @@ class Disks:
             _check_closed(disk, open_already)
             open_already[options.node_name] = disk
 
-    def _add(self, options: DiskOptions, disk: BlockDevice) -> bool:
-        """Enter a disk that was checked; False where somebody at the control socket has been faster."""
+    async def _add(self, options: DiskOptions, disk: BlockDevice) -> bool:
+        """Enter a disk that was checked; False where somebody, here or at the control socket, has been faster."""
         try:
+            await disk.lock()  # once more: one that was open until now could not be locked before
             _check_closed(disk, {name: node.disk for name, node in self._inventory.nodes.items()})
             node = self._inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
         except NbdMirrorError as error:
             _log.error("export '%s' is not there: %s", options.export_name, error)
             return False
-        export = Export(options.export_name, node.device, description=options.description, read_only=options.read_only)
-        self.exports[export.name] = self._inventory.exports[export.name] = export
+        export = Export(
+            options.export_name,
+            node.device,
+            description=options.description,
+            read_only=options.read_only,
+            bitmaps=LiveBitmaps(self._inventory, node.device),
+        )
+        self.exports[export.name] = export
+        export_id = self._free_id(export.name)
+        self._inventory.exports[export_id] = BlockExport(export_id, export, "")
         self._served[export.name] = options
         return True
+
+    def _free_id(self, name: str) -> str:
+        """The id of the next export: that which everybody knows for the first, then its name, as far as nobody has it."""
+        taken = self._inventory.exports
+        ids = itertools.chain((SERVED_EXPORT, name), (f"{name}#{number}" for number in itertools.count(2)))
+        return next(each for each in ids if each and each not in taken)
 
     def _is_kept(self, options: DiskOptions) -> bool:
         """Whether a disk that is not wanted any more is in use (rule 2)."""
         export, nodes = self.exports[options.export_name], self._nodes_of(options)
         users = set[str]().union(*(node.users for node in nodes))
-        if export.clients:
-            users.add(f"{export.clients} clients" if export.clients > 1 else "a client")
+        users.update(f"export '{each.id}'" for node in nodes for each in self._inventory.exports_of(node) if each.server)
+        clients = len(export.sessions)
+        if clients:
+            users.add(f"{clients} clients" if clients > 1 else "a client")
         elif export.tally.in_flight:
             users.add("requests of a client that has gone")
         if users:
@@ -101,14 +129,15 @@ class Disks:
     def _nodes_of(self, options: DiskOptions) -> list[Node]:
         """The node that the export is made from, and, after a pivot, the one that it was made from."""
         export, nodes = self.exports[options.export_name], self._inventory.nodes
-        found = {node.name: node for node in (self._inventory.node_of(export), nodes.get(options.node_name)) if node}
+        found = {node.name: node for node in (self._inventory.node_of(export.device), nodes.get(options.node_name)) if node}
         return list(found.values())
 
     def _hide(self, options: DiskOptions) -> list[Node]:
         """Let nobody find the export any more; returns the nodes that are to be closed."""
         nodes = self._nodes_of(options)
-        for exports in (self.exports, self._inventory.exports):
-            del exports[options.export_name]
+        export = self.exports.pop(options.export_name)
+        for each in [each for each in self._inventory.exports.values() if each.export is export]:
+            del self._inventory.exports[each.id]
         del self._served[options.export_name]
         return nodes
 

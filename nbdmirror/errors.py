@@ -37,7 +37,12 @@ class ProtocolError(NbdMirrorError):
 
 
 class ListenError(NbdMirrorError):
-    """A socket can't be listened on, for a reason outside the program."""
+    """A socket can't be listened on, for a reason outside the program: `where` is the socket, `reason` that."""
+
+    def __init__(self, where: str, reason: str | None) -> None:
+        self.where = where
+        self.reason = reason or "it is not possible"
+        super().__init__(f"cannot listen on {where}: {self.reason}")
 
 
 class StateError(NbdMirrorError):

@@ -8,16 +8,17 @@ Rules:
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from nbdmirror.devices.uri import DEFAULT_PORT, NbdEndpoint
+from nbdmirror.commands.saved_jobs import Resume
+from nbdmirror.devices.uri import DEFAULT_PORT
 from nbdmirror.errors import UsageError
 from nbdmirror.protocol.constants import MAX_STRING, TlsMode
 from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.tls import NO_TLS, Tls, certificate_context, psk_context
-from nbdmirror.sockets import listen_tcp, listen_unix, listen_vsock, vsock_cid
+from nbdmirror.sockets import listen_tcp, listen_unix, listen_vsock
+from nbdmirror.state import StateOptions
 from nbdmirror.systemd import Activated
 
 if TYPE_CHECKING:
@@ -96,8 +97,15 @@ class ServeOptions:
     tls_psk: str | None = None
     allow_ip: tuple[str, ...] = ()
     allow_dn: tuple[str, ...] = ()
+    state: StateOptions = field(default_factory=StateOptions)
+    resume: Resume = Resume.AUTO
     metrics: str | None = None
     log_level: str | None = None
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """Whether a disk has bitmaps from the start on, or bitmaps and jobs that outlive the daemon."""
+        return self.state.directory is not None or bool(self.state.bitmaps)
 
     @property
     def is_tcp(self) -> bool:
@@ -126,13 +134,18 @@ def check_names(options: ServeOptions) -> None:
         raise UsageError(f"'{options.socket_path}' can't be both the NBD socket and a control socket")
     if any(max(len(disk.export_name.encode()), len(disk.description.encode())) > MAX_STRING for disk in options.disks):
         raise UsageError(f"export name and description are at most {MAX_STRING} bytes each")
+    if len(options.disks) > 1 and options.keeps_bitmaps:
+        raise UsageError(
+            f"--state-dir and -B are for one disk, and there are {len(options.disks)} exports; give it a daemon of its own"
+        )
 
 
 def parse_vsock(text: str) -> tuple[int | None, int]:
     """[CID:]PORT; raises UsageError."""
-    *cid, port = (int(part) if part.isdecimal() and part.isascii() else -1 for part in text.split(":"))
-    if len(cid) > 1 or not all(0 <= number <= _MAX_U32 for number in (*cid, port)):
-        raise UsageError(f"'{text}' is not [CID:]PORT, which are numbers")
+    # No port 0: the kernel's choice has ten digits, which libnbd does not take in a URI.
+    *cid, port = (int(part) if part.isdecimal() and part.isascii() else 0 for part in text.split(":"))
+    if len(cid) > 1 or not all(0 < number <= _MAX_U32 for number in (*cid, port)):
+        raise UsageError(f"'{text}' is not [CID:]PORT, which are numbers from 1 on")
     return (cid[0] if cid else None), port
 
 
@@ -146,18 +159,6 @@ def server_sockets(options: ServeOptions) -> Sequence[ServerSocket]:
         return [listen_vsock(*options.vsock)]
     port = DEFAULT_PORT if options.port is None else options.port
     return [listen_tcp(options.bind or _LOOPBACK, port)]
-
-
-def endpoint_of(server: ServerSocket, export: str, *, tls: bool) -> NbdEndpoint:
-    """Where clients find an export of a listening socket."""
-    address = server.sock.getsockname()
-    if server.sock.family == socket.AF_UNIX:
-        endpoint = NbdEndpoint.unix(str(Path(address).absolute()), export)
-    elif _is_tcp(server):
-        endpoint = NbdEndpoint.tcp(address[0], address[1], export)
-    else:
-        endpoint = NbdEndpoint("vsock", host=str(vsock_cid(server.sock)), port=address[1], export=export)
-    return replace(endpoint, tls=tls)
 
 
 def tls_of(options: ServeOptions) -> Tls:

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdmirror.errors import ListenError, UsageError
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterator
 
 # sockaddr_un's sun_path holds 108 bytes, the closing NUL included.
@@ -86,12 +85,6 @@ def for_loop(sock: socket.socket) -> socket.socket:
     if sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return sock
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.detach())
-
-
-def peer_name(transport: asyncio.BaseTransport) -> str:
-    """The other end of a connection, for the log."""
-    peer = transport.get_extra_info("peername")
-    return f"client {peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) > 1 else "client on the Unix socket"
 
 
 # --- Unix ------------------------------------------------------------------------------------------------------------
@@ -180,14 +173,17 @@ def _listener_behind(probe: socket.socket) -> str:
 
 
 def _refusal(path: str, reason: str) -> ListenError:
-    return ListenError(f"cannot listen on socket '{path}': {reason}")
+    return ListenError(f"socket '{path}'", reason)
 
 
 def widen_unix_send_buffer(fd: int) -> None:
     """Let a connected Unix socket hold a few large messages; any other socket is left as it is."""
-    with socket.socket(fileno=os.dup(fd)) as sock:
+    sock = socket.socket(fileno=fd)
+    try:
         if sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
+    finally:
+        sock.detach()  # the descriptor is the caller's; a copy of it can't be had where the process is out of them
 
 
 # --- TCP and vsock ---------------------------------------------------------------------------------------------------
@@ -198,7 +194,7 @@ def listen_tcp(host: str, port: int) -> ServerSocket:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
-        raise ListenError(f"cannot listen on '{host}': {error.strerror}") from None
+        raise ListenError(f"'{host}'", error.strerror) from None
     family, kind, proto, _, address = found[0]
     sock = socket.socket(family, kind, proto)
     try:
@@ -207,24 +203,24 @@ def listen_tcp(host: str, port: int) -> ServerSocket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        raise ListenError(f"{host} port {port}", error.strerror) from None
     return ServerSocket(sock)
 
 
 def listen_vsock(cid: int | None, port: int) -> ServerSocket:
-    """Listen on a vsock, for every CID of this machine where `cid` is None; port 0 lets the kernel choose."""
+    """Listen on a vsock, for every CID of this machine where `cid` is None."""
     where = f"vsock port {port}" if cid is None else f"vsock {cid}:{port}"
     try:
         sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     except OSError as error:
         remedy = "this kernel has no vsock: load vhost_vsock on a virtual machine's host, or vsock_loopback"
-        raise ListenError(f"cannot listen on {where} ({error.strerror}); {remedy}") from None
+        raise ListenError(where, f"{error.strerror}; {remedy}") from None
     try:
-        sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port or socket.VMADDR_PORT_ANY))
+        sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"cannot listen on {where}: {error.strerror}") from None
+        raise ListenError(where, error.strerror) from None
     return ServerSocket(sock)
 
 

@@ -6,10 +6,12 @@ Rules:
 3. The number of dirty chunks is kept, not counted; a summary with one bit per BLOCK chunks keeps a search over a sparse
    bitmap short. A summary bit may be set over an empty block (it is cleared when a search finds that out), but is never
    clear over a dirty one.
+4. `grown` is set whenever a chunk is newly marked: who makes the bits durable clears it first, and sees later if there is more.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
@@ -28,21 +30,31 @@ _BLOCK_SHIFT: Final = 15
 DIRTY: Final = 1
 
 
+def check_granularity(granularity: int) -> None:
+    """Raises StateError for what no chunk can have."""
+    if granularity < 512 or granularity & (granularity - 1):
+        raise StateError("Granularity must be power of 2 and at least 512")
+
+
 class DirtyBitmap:
-    """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`."""
+    """The bits of a disk of `size` bytes. Chunks are numbered from 0; ranges of them are `[first, end)`.
 
-    __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "size")
+    `bits`, where given, are used in place: little-endian, and whole bytes, so up to seven more than there are chunks.
+    """
 
-    def __init__(self, size: int, granularity: int) -> None:
-        if granularity < 512 or granularity & (granularity - 1):
-            raise StateError("Granularity must be power of 2 and at least 512")
+    __slots__ = ("_bits", "_shift", "_summary", "chunks", "count", "granularity", "grown", "size")
+
+    def __init__(self, size: int, granularity: int, bits: bitarray | None = None) -> None:
+        check_granularity(granularity)
         self.size = size
         self.granularity = granularity
         self._shift = granularity.bit_length() - 1
         self.chunks = (size + granularity - 1) >> self._shift
-        self.count = 0
-        self._bits = bitarray(self.chunks, endian="little")
+        self._bits = bitarray(self.chunks, endian="little") if bits is None else bits
+        self.count = self._bits.count()
+        self.grown = self.count > 0
         self._summary = bitarray((self.chunks + BLOCK - 1) >> _BLOCK_SHIFT, endian="little")
+        self._summary.setall(self.grown)
 
     # --- by bytes --------------------------------------------------------------------------------------------------
 
@@ -77,7 +89,7 @@ class DirtyBitmap:
     def dirty_bytes(self) -> int:
         """Bytes of the disk that are marked: a chunk that reaches past the end counts by what is on the disk."""
         total = self.count << self._shift
-        if self.chunks and self._bits[-1]:
+        if self.chunks and self._bits[self.chunks - 1]:
             total -= (self.chunks << self._shift) - self.size
         return total
 
@@ -110,8 +122,13 @@ class DirtyBitmap:
                 bits[first] = 1
                 self._summary[first >> _BLOCK_SHIFT] = 1
                 self.count += 1
+                self.grown = True
         elif end > first:
-            self.count += end - first - bits.count(1, first, end)
+            new = end - first - bits.count(1, first, end)
+            if not new:
+                return
+            self.count += new
+            self.grown = True
             bits[first:end] = 1
             self._summary[first >> _BLOCK_SHIFT : (end - 1 >> _BLOCK_SHIFT) + 1] = 1
 
@@ -125,9 +142,9 @@ class DirtyBitmap:
         """Whether a chunk is marked."""
         return bool(self._bits[chunk])
 
-    def mask_clean(self, bits: bitarray) -> None:
-        """Clear in `bits`, one per chunk, what is dirty here."""
-        bits &= ~self._bits
+    def mask_clean(self, bits: bitarray, first: int = 0) -> None:
+        """Clear in `bits`, one per chunk from `first` on, what is dirty here."""
+        bits &= ~self._bits[first : first + len(bits)]
 
     def next_run(self, start: int, limit: int | None = None) -> tuple[int, int] | None:
         """The first dirty run `[first, end)` with start <= first < limit, cut at `limit`; None when there is none."""
@@ -168,5 +185,55 @@ class DirtyBitmap:
         """Mark everything."""
         self.add_chunks(0, self.chunks)
 
+    # --- as a whole ------------------------------------------------------------------------------------------------
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Mark what is marked in `other`, a bitmap of a disk of the same size."""
+        assert other.size == self.size, "bitmaps of disks of different sizes can't be merged"
+        if other._shift > self._shift:
+            for first, end in other.runs():
+                self.add(*other.range_of(first, end))
+            return
+        self._bits[: self.chunks] |= _coarsened(other._bits[: other.chunks], self._shift - other._shift)
+        self.count = self._bits.count()
+        self.grown = True
+        self._summary.setall(1)  # a search finds out where that is too much (rule 3)
+
+    def snapshot(self) -> bitarray:
+        """A copy of the bits, for `restore`."""
+        return self._bits.copy()
+
+    def restore(self, bits: bitarray) -> None:
+        """Put a snapshot of this bitmap back."""
+        self._bits[:] = bits
+        self.count = bits.count()
+        self.grown = True
+        self._summary.setall(1)
+
+    def counts(self, parts: int) -> list[int]:
+        """How many chunks are dirty in each of so many parts of the disk, as equal as chunks allow; fewer parts than chunks."""
+        parts = min(parts, self.chunks)
+        edges = [self.chunks * part // parts for part in range(parts + 1)] if parts else []
+        return [self._bits.count(1, first, end) for first, end in pairwise(edges)]
+
+    def serialised(self) -> bytes:
+        """The bits as QEMU has them in memory: 64-bit words, little-endian, at least one."""
+        words = max(1, (self.chunks + 63) // 64)
+        return self._bits.tobytes().ljust(words * 8, b"\0")
+
     def __repr__(self) -> str:
         return f"<DirtyBitmap {self.count}/{self.chunks} chunks of {self.granularity} bytes dirty>"
+
+
+def _coarsened(bits: bitarray, doublings: int) -> bitarray:
+    """One bit per 2**doublings bits, set where any of them is. Whole passes in C: runs may be many millions."""
+    while doublings >= 3:
+        packed = bitarray(endian="little")
+        packed.pack(bits.tobytes())
+        bits, doublings = packed, doublings - 3
+    for _ in range(doublings):
+        odd = bits[1::2]
+        bits = bits[::2]
+        odd.extend([0] * (len(bits) - len(odd)))
+        bits |= odd
+    return bits

@@ -4,8 +4,10 @@ Rules (QEMU's, bitmaps of the block layer):
 1. A bitmap that records has every write since it began to: it is marked when the write begins, before the disk changes.
 2. A write that is in flight when a bitmap starts to record, or is cleared, counts as one that comes after: it is marked again.
 3. What is busy is changed and removed by nobody but its users; what is read-only or inconsistent is not changed. Reads and
-   exports of what is inconsistent are refused, too; it can only be removed, or be taken as all dirty.
+   exports of what is inconsistent are refused, too; it can only be removed, or cleared: then it goes on as it was meant to.
 4. Checked is in the order busy, read-only, inconsistent.
+5. The bits of a bitmap are one object for its whole life: who was given them (an export, a job) sees every change.
+6. Who keeps a persistent bitmap hears, through `on_change`, of every change but those of its bits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from nbdmirror.errors import StateError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from bitarray import bitarray
+
     from nbdmirror.bitmap.dirty import DirtyBitmap
 
 MAX_NAME: Final = 1023
@@ -25,7 +29,7 @@ MAX_NAME: Final = 1023
 class NamedBitmap:
     """`bits` with a name. `recording` says whether writes mark it; `users` who holds it busy, a word each."""
 
-    __slots__ = ("bits", "inconsistent", "name", "persistent", "read_only", "recording", "users")
+    __slots__ = ("_recording", "bits", "inconsistent", "name", "on_change", "persistent", "read_only", "users")
 
     def __init__(
         self,
@@ -43,11 +47,21 @@ class NamedBitmap:
             raise StateError(f"Bitmap name too long: {name}")
         self.name = name
         self.bits = bits
-        self.recording = recording and not inconsistent
+        self._recording = recording
         self.persistent = persistent
         self.inconsistent = inconsistent
         self.read_only = read_only
         self.users: list[str] = []
+        self.on_change: Callable[[], None] = _nobody_hears
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes mark it now."""
+        return self._recording and not self.inconsistent
+
+    @recording.setter
+    def recording(self, recording: bool) -> None:
+        self._recording = recording
 
     @property
     def busy(self) -> bool:
@@ -55,7 +69,7 @@ class NamedBitmap:
         return bool(self.users)
 
     def check_removable(self) -> None:
-        """Raises StateError where it is busy or read-only."""
+        """Raises StateError where it is busy or read-only: for what does not care for the bits, to clear them or remove it."""
         self._check_idle()
         self._check_writable()
 
@@ -86,6 +100,10 @@ class NamedBitmap:
         return f"<NamedBitmap {self.name!r} {self.bits!r}{' recording' if self.recording else ''}>"
 
 
+def _nobody_hears() -> None:
+    pass
+
+
 class BitmapSet:
     """The bitmaps of one disk, oldest first; a WriteObserver for all of them at once.
 
@@ -106,16 +124,29 @@ class BitmapSet:
         """The bitmap of that name, if there is one."""
         return self._bitmaps.get(name)
 
+    def check_free(self, name: str) -> None:
+        """Raises StateError where the name is taken."""
+        if name in self._bitmaps:
+            raise StateError(f"Bitmap already exists: {name}")
+
     def add(self, bitmap: NamedBitmap) -> None:
         """Enter a bitmap; raises StateError where the name is taken."""
-        if bitmap.name in self._bitmaps:
-            raise StateError(f"Bitmap already exists: {bitmap.name}")
+        self.check_free(bitmap.name)
         self._bitmaps[bitmap.name] = bitmap
         self._changed(bitmap)
 
-    def remove(self, bitmap: NamedBitmap) -> None:
-        """Take a bitmap out, whatever its state."""
+    def remove(self, bitmap: NamedBitmap) -> int:
+        """Take a bitmap out, whatever its state; returns the place that it had, for `put_back`."""
+        place = list(self._bitmaps).index(bitmap.name)
         del self._bitmaps[bitmap.name]
+        self._note_recording()
+        return place
+
+    def put_back(self, bitmap: NamedBitmap, place: int) -> None:
+        """Undo a removal."""
+        names = list(self._bitmaps.items())
+        names.insert(place, (bitmap.name, bitmap))
+        self._bitmaps = dict(names)
         self._changed(bitmap)
 
     def record(self, bitmap: NamedBitmap) -> None:
@@ -129,13 +160,24 @@ class BitmapSet:
         self._changed(bitmap)
 
     def clear(self, bitmap: NamedBitmap) -> None:
-        """Unmark everything, but for what is being written just now if it records."""
+        """Unmark everything, but for what is being written just now if it records. Makes it consistent."""
         bitmap.bits.clear()
-        self._mark_in_flight(bitmap)
+        bitmap.inconsistent = False
+        self._changed(bitmap)
+
+    def restore(self, bitmap: NamedBitmap, bits: bitarray, *, inconsistent: bool) -> None:
+        """Undo a clearing: `bits` are a snapshot of it, and so was its state."""
+        bitmap.bits.restore(bits)
+        bitmap.inconsistent = inconsistent
+        self._changed(bitmap)
 
     def _changed(self, bitmap: NamedBitmap) -> None:
-        self._recording = tuple(each.bits for each in self._bitmaps.values() if each.recording)
+        bitmap.on_change()
+        self._note_recording()
         self._mark_in_flight(bitmap)
+
+    def _note_recording(self) -> None:
+        self._recording = tuple(each.bits for each in self._bitmaps.values() if each.recording)
 
     def _mark_in_flight(self, bitmap: NamedBitmap) -> None:
         if bitmap.recording:

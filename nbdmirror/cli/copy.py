@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Endpoint = str | list[str]
 _POLL_SECONDS: Final = 0.2
-_job_log: Final = logging.getLogger("nbdmirror.jobs.job")
+_JOB_LOGS: Final = tuple(map(logging.getLogger, ("nbdmirror.jobs.job", "nbdmirror.mirror.job")))
 
 
 class BracketCommand(click.Command):
@@ -179,9 +179,19 @@ async def _run(plan: _Plan, source: BlockDevice, target: BlockDevice, shown: Met
         if event == "BLOCK_JOB_READY":
             job.cancel_gently()
 
-    if not _job_log.isEnabledFor(logging.INFO):
-        _job_log.setLevel(logging.CRITICAL)  # why it failed is the command's own last line
-    job = MirrorJob("copy", TrackedDevice(source), target, emit, pivot=lambda: None, options=plan.options, speed=plan.speed)
+    for log in _JOB_LOGS:
+        if not log.isEnabledFor(logging.INFO):
+            log.setLevel(logging.CRITICAL)  # why it failed is the command's own last line
+    job = MirrorJob(
+        "copy",
+        TrackedDevice(source),
+        target,
+        emit,
+        pivot=lambda: None,
+        seal=lambda: None,
+        options=plan.options,
+        speed=plan.speed,
+    )
     job.on_end = lambda _job: ended.set()
     job.start()
     while not ended.is_set():

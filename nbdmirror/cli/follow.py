@@ -25,6 +25,7 @@ class Outcome(Enum):
 
     ALIVE = "alive"
     READY = "ready"
+    STOPPED = "stopped"
     PENDING = "pending"
     DONE = "done"
     FAILED = "failed"
@@ -62,6 +63,8 @@ def _alive(info: dict[str, Any]) -> Outcome:
             return _ended(info)
         case "pending":
             return Outcome.PENDING
+        case "paused" | "standby" if info["io-status"] != "ok":
+            return Outcome.STOPPED
         case _:
             return Outcome.READY if info["ready"] else Outcome.ALIVE
 
@@ -82,7 +85,7 @@ async def follow(client: ControlClient, job_id: str, until: frozenset[Outcome], 
             changed.clear()
             report = await look(client, job_id)
             if shown is not None and report.info:
-                shown.show(report.info["offset"], report.info["len"], report.info["status"])
+                shown.show(report.info["offset"], report.info["len"], _note(report.info))
             if report.outcome in final:
                 return report
             with suppress(TimeoutError):
@@ -91,6 +94,13 @@ async def follow(client: ControlClient, job_id: str, until: frozenset[Outcome], 
     finally:
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
+
+
+def _note(info: dict[str, Any]) -> str:
+    """What there is to say of a job beside its bar."""
+    if not info["x-converges"] and not info["ready"]:
+        return f"{info['status']}; the guest writes as fast as is copied: --copy-mode write-blocking would end that"
+    return str(info["status"])
 
 
 async def _watch(client: ControlClient, changed: asyncio.Event) -> None:

@@ -1,4 +1,4 @@
-"""The verbs of jobs: wait, pause, resume, complete, cancel, dismiss, set-speed.
+"""The verbs of jobs: wait, pause, resume, complete, cancel, dismiss, set-speed, set-copy-mode.
 
 `complete` and `cancel` return when the job has ended, so that a script's next line finds the disks as it asked for them.
 """
@@ -12,7 +12,7 @@ import click
 
 from nbdmirror.cli.client import ControlClient, run_client
 from nbdmirror.cli.follow import Outcome, Report, follow
-from nbdmirror.cli.mirror import check
+from nbdmirror.cli.mirror import COPY_MODES, check
 from nbdmirror.cli.options import SIZE, TIMED_OUT, qmp_option
 
 _WAIT_STATUS: Final = {Outcome.FAILED: 3, Outcome.CANCELLED: 4, Outcome.MISSING: 5}
@@ -67,13 +67,24 @@ def set_speed(*, job: str, rate: int, qmp: str) -> None:
     run_client(qmp, lambda client: client.execute("block-job-set-speed", {"device": job, "speed": rate}))
 
 
+@click.command("set-copy-mode", short_help="Change when a job copies what the guest writes.")
+@click.argument("job")
+@click.argument("mode", type=click.Choice(COPY_MODES))
+@qmp_option
+def set_copy_mode(*, job: str, mode: str, qmp: str) -> None:
+    """Let JOB copy writes in the background, or make the guest wait until the target has them."""
+    arguments = {"id": job, "type": "mirror", "copy-mode": mode}
+    run_client(qmp, lambda client: client.execute("block-job-change", arguments))
+
+
 @click.command("complete", short_help="Let a ready job hand over to its target.")
 @click.argument("job")
+@click.option("--no-pivot", is_flag=True, help="Leave both disks the same, and the source read-only, instead.")
 @click.option("--background", is_flag=True, help="Do not wait for the job's end.")
 @qmp_option
-def complete(*, job: str, background: bool, qmp: str) -> None:
+def complete(*, job: str, no_pivot: bool, background: bool, qmp: str) -> None:
     """Complete JOB: the exports go on from the target. Waits until that is so."""
-    _end(qmp, job, "job-complete", {"id": job}, background=background)
+    _end(qmp, job, "job-complete", {"id": job, "x-pivot": not no_pivot}, background=background)
 
 
 @click.command("cancel", short_help="End a job without handing over.")
@@ -90,7 +101,7 @@ def _end(qmp: str, job: str, command: str, arguments: dict[str, Any], *, backgro
     async def work(client: ControlClient) -> None:
         await client.execute(command, arguments)
         if not background:
-            report = await follow(client, job, frozenset({Outcome.PENDING}))
+            report = await follow(client, job, frozenset({Outcome.PENDING, Outcome.STOPPED}))
             if not (report.outcome is Outcome.CANCELLED and command == "block-job-cancel"):
                 check(job, report)
 
@@ -105,4 +116,5 @@ COMMANDS: Final = (
     cancel,
     _verb("job-dismiss", "id", "Forget a job that has concluded."),
     set_speed,
+    set_copy_mode,
 )

@@ -17,8 +17,10 @@ import click
 import uvloop
 from click.core import ParameterSource
 
+from nbdmirror.cli.bitmap_options import state_options
 from nbdmirror.cli.logs import level_was_given, log_options
 from nbdmirror.cli.options import WORD
+from nbdmirror.commands.saved_jobs import Resume
 from nbdmirror.config import read as read_config
 from nbdmirror.daemon import serve as run_daemon
 from nbdmirror.errors import UsageError
@@ -94,6 +96,14 @@ class _Vsock(click.ParamType[tuple[int | None, int]]):
 @click.option("--node-name", default=DEFAULT_NODE_NAME, show_default=True, help="The disk's name in the control language.")
 @click.option("--qmp", type=WORD, multiple=True, metavar="PATH", help="A control socket (QMP); repeatable.")
 @click.option("--metrics", metavar="WHERE", help="Metrics for Prometheus at [ADDR:]PORT (ADDR 127.0.0.1), or a socket's path.")
+@state_options
+@click.option(
+    "--resume",
+    type=click.Choice([how.value for how in Resume]),
+    default=Resume.AUTO.value,
+    show_default=True,
+    help="Mirror jobs in the state directory: go on with them, have them wait for `resume`, or compare what was copied first.",
+)
 @click.option("--run", metavar="COMMAND", help="Run COMMAND with $uri and $qmp set; stop when it ends, with its status.")
 @click.option("--fork", is_flag=True, help="Return once it listens, and go on in the background.")
 @click.option("--exit-with-parent", is_flag=True, help="Stop when the process that started it ends.")
@@ -177,6 +187,8 @@ class _Source:
             tls_psk=settings["tls_psk"],
             allow_ip=settings["allow_ip"],
             allow_dn=settings["allow_dn"],
+            state=settings["state"],
+            resume=Resume(settings["resume"]),
             metrics=settings["metrics"],
             log_level=None if self._logs_as_told else settings.get("log_level"),
         )

@@ -1,4 +1,4 @@
-"""`nbdmirror status`: jobs and exports of a running daemon, as a table, as JSON, or followed."""
+"""`nbdmirror status`: jobs, exports and bitmaps of a running daemon, as a table, as JSON, or followed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from nbdmirror.cli.bitmap import bitmap_table, bitmaps_of
 from nbdmirror.cli.client import ControlClient, run_client
 from nbdmirror.cli.options import json_option, print_json, qmp_option
 from nbdmirror.errors import InactiveError
@@ -18,13 +19,13 @@ from nbdmirror.units import format_size
 _WATCH_SECONDS: Final = 1.0
 
 
-@click.command("status", short_help="Show jobs and exports.")
+@click.command("status", short_help="Show jobs, exports and bitmaps.")
 @click.argument("job", required=False)
 @click.option("--watch", is_flag=True, help="Follow until interrupted.")
 @json_option
 @qmp_option
 def status(*, job: str | None, watch: bool, as_json: bool, qmp: str) -> None:
-    """Show the daemon's jobs and exports, or only JOB."""
+    """Show the daemon's jobs, exports and bitmaps; with JOB only that job of the jobs."""
     if watch and as_json:
         raise click.UsageError("--watch and --json exclude each other")
     if watch:
@@ -61,7 +62,9 @@ async def _watch(client: ControlClient, job: str | None) -> None:
 
 
 def _tables(found: dict[str, Any]) -> Group:
-    return Group(_jobs([*found["history"], *found["jobs"]]), _exports(found["exports"], found["nodes"]))
+    tables = [_jobs([*found["history"], *found["jobs"]]), _exports(found["exports"], found["nodes"])]
+    bitmaps = bitmaps_of(found["nodes"])
+    return Group(*tables, bitmap_table(bitmaps)) if bitmaps else Group(*tables)
 
 
 def _jobs(jobs: list[dict[str, Any]]) -> Table:

@@ -93,6 +93,16 @@ class BlockDevice(ABC):
         """Block status of the range; at least its first byte is covered. All data where nothing better is known."""
         return ExtentList.all_data(offset, length)
 
+    def abandoned(self, offset: int, length: int) -> None:  # noqa: B027  only who tells observers has anything to do
+        """A write of the range was announced and never came whole: it has changed nothing."""
+
+    def identity(self) -> str:
+        """What tells this disk from others, after a restart, too (`devices.identity`)."""
+        return self.name
+
+    async def lock(self) -> None:  # noqa: B027  some have nothing to lock
+        """Keep other daemons off this disk while it is open, as far as that is possible; raises StateError."""
+
     @abstractmethod
     async def aclose(self) -> None:
         """Release everything; idempotent. Nothing is flushed: who wants that asks for it."""

@@ -3,8 +3,10 @@
 Rules:
 1. What can wait for a disk runs in the device's own threads; the event loop only does what the page cache answers at once.
 2. Reads try the page cache (RWF_NOWAIT). Small writes go into it inline, but their latency is watched: when the kernel
-   makes one wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, so one
-   stalled disk does not hold up other connections.
+   makes them wait (dirty throttling, a slow disk) writes move to the threads and come back after a quiet time, which is
+   long enough that this disk holds the loop up for a hundredth of the time at most. A process that was merely preempted is
+   no stalled disk: it did not give the processor up by itself, and the kernel counts the two apart. A write that is stuck
+   in a thread already, or a zeroing or trimming, which may lock the file against all others, keeps them there, too.
 3. Zeroing prefers holes, then unwritten extents, then written zeroes; with FAST_ZERO the last is refused with ENOTSUP
    before anything has changed. NO_HOLE keeps the range allocated.
 4. The size is what it was when the device was opened; nothing here grows or shrinks a file.
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
+import resource
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from nbdmirror.devices import linux
 from nbdmirror.devices.base import BlockDevice, Capabilities, Limits
+from nbdmirror.devices.identity import identity_of_block_device, identity_of_file
+from nbdmirror.devices.lock import lock
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, HOLE, ZERO, ExtentList
 from nbdmirror.protocol.constants import FAST_ZERO, FUA, NO_HOLE
@@ -36,10 +42,14 @@ T = TypeVar("T")
 # A copy of 1 MiB between page cache and buffer takes about 0.2 ms: the longest that one request may hold the loop.
 INLINE_MAX: Final = MiB
 # A write into the page cache takes microseconds; one that takes this long was made to wait, or this process was preempted.
-# Two of them close together are taken for a disk that stalls.
+# For as long as _WATCH_SECONDS after it the kernel is asked before and after each write whether the thread has slept in it
+# (1 us a write), and one that is as slow because of that moves the writes to the threads.
 _STALL_SECONDS: Final = 0.005
-_STRIKE_SECONDS: Final = 0.2
+_WATCH_SECONDS: Final = 2.0
 _QUIET_SECONDS: Final = 1.0
+# Nothing but a disk makes a write take this long; and as many times as long is the quiet time after a stall.
+_CERTAIN_SECONDS: Final = 0.05
+_QUIET_PER_STALL: Final = 100
 # Threads per device: as many requests wait for the disk at a time, and a queue depth of 16 keeps one busy.
 _THREADS: Final = 16
 # One extents answer takes at most so many lseek pairs (about 0.6 us each), however fragmented the file.
@@ -64,8 +74,12 @@ class FileDevice(BlockDevice):
         # tmpfs refuses RWF_NOWAIT (seen with Linux 6.18) and needs it least: its data is in memory already.
         self._read_flags = 0 if linux.lives_in_memory(fd) else os.RWF_NOWAIT
         self._reads_inline = True
+        self._watched_until = 0.0
         self._stalled_until = 0.0
-        self._last_strike = 0.0
+        # When what is in the threads was begun, oldest first; and how many of those lock the file.
+        self._writing: dict[int, float] = {}
+        self._tokens = itertools.count()
+        self._locking = 0
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"disk {path}")
 
     @classmethod
@@ -96,8 +110,8 @@ class FileDevice(BlockDevice):
 
     def pread_now(self, buffer: bytearray | memoryview, offset: int) -> bool:
         """Fill `buffer` from the page cache; False when any byte of it is not there."""
-        if not self._reads_inline or len(buffer) > INLINE_MAX:
-            return False
+        if not self._reads_inline or len(buffer) > INLINE_MAX or (self._locking and self.is_block):
+            return False  # the kernel's lock is not for reads of a file, but for those of a block device
         try:
             return os.preadv(self._fd, (buffer,), offset, self._read_flags) == len(buffer)
         except BlockingIOError:
@@ -113,18 +127,24 @@ class FileDevice(BlockDevice):
         if len(data) > INLINE_MAX:
             return False
         before = time.monotonic()
-        if before < self._stalled_until:
+        if before < self._stalled_until or (self._writing and self._is_stuck(before)):
             return False
+        slept = _times_slept() if before < self._watched_until else None
         try:
             done = os.pwrite(self._fd, data, offset)
         except OSError as error:
             raise self._failed(error, "writing", offset) from None
         after = time.monotonic()
-        if after - before > _STALL_SECONDS:
-            if before - self._last_strike < _STRIKE_SECONDS:
-                self._stalled_until = after + _QUIET_SECONDS
-            self._last_strike = after
+        took = after - before
+        if took > _STALL_SECONDS:
+            if took > _CERTAIN_SECONDS or (slept is not None and _times_slept() > slept):
+                self._stalled_until = after + max(_QUIET_SECONDS, _QUIET_PER_STALL * took)
+            self._watched_until = after + _WATCH_SECONDS
         return done == len(data)
+
+    def _is_stuck(self, now: float) -> bool:
+        """Whether an inline write might have to wait for what is in the threads."""
+        return self._locking > 0 or now - next(iter(self._writing.values())) > _STALL_SECONDS
 
     # --- in threads ------------------------------------------------------------------------------------------------
 
@@ -135,6 +155,21 @@ class FileDevice(BlockDevice):
             raise self._failed(error, what, offset) from None
         except RuntimeError:  # the executor has been shut down
             raise DeviceError(errno.ESHUTDOWN, f"{what} {self.name}") from None
+
+    async def _write_in_thread(self, what: str, offset: int, work: Callable[[], None]) -> None:
+        token = next(self._tokens)
+        self._writing[token] = time.monotonic()
+        try:
+            await self._in_thread(what, offset, work)
+        finally:
+            del self._writing[token]
+
+    async def _lock_in_thread(self, what: str, offset: int, work: Callable[[], None]) -> None:
+        self._locking += 1
+        try:
+            await self._write_in_thread(what, offset, work)
+        finally:
+            self._locking -= 1
 
     def _failed(self, error: OSError, what: str, offset: int) -> DeviceError:
         return DeviceError.of(error, f"{what} {self.name} at offset {offset}")
@@ -154,7 +189,7 @@ class FileDevice(BlockDevice):
     async def pwrite(self, data: bytes | bytearray | memoryview, offset: int, flags: int = 0) -> None:
         """See BlockDevice. FUA is one system call: a write that syncs just its own range."""
         how = os.RWF_DSYNC if flags & FUA else 0
-        await self._in_thread("writing", offset, lambda: self._write_all(data, offset, how))
+        await self._write_in_thread("writing", offset, lambda: self._write_all(data, offset, how))
 
     def _write_all(self, data: bytes | bytearray | memoryview, offset: int, how: int = 0) -> None:
         view = memoryview(data)
@@ -164,7 +199,7 @@ class FileDevice(BlockDevice):
 
     async def zero(self, offset: int, length: int, flags: int = 0) -> None:
         """See BlockDevice."""
-        await self._in_thread("zeroing", offset, lambda: self._zero(offset, length, flags))
+        await self._lock_in_thread("zeroing", offset, lambda: self._zero(offset, length, flags))
 
     def _zero(self, offset: int, length: int, flags: int) -> None:
         if self.is_block:
@@ -219,7 +254,7 @@ class FileDevice(BlockDevice):
 
     async def trim(self, offset: int, length: int, flags: int = 0) -> None:
         """See BlockDevice; a disk that can't discard ignores it."""
-        await self._in_thread("trimming", offset, lambda: self._trim(offset, length, flags))
+        await self._lock_in_thread("trimming", offset, lambda: self._trim(offset, length, flags))
 
     def _trim(self, offset: int, length: int, flags: int) -> None:
         if not self.is_block:
@@ -263,8 +298,20 @@ class FileDevice(BlockDevice):
             if data >= end:
                 break
             at = os.lseek(self._fd, data, os.SEEK_HOLE)
-            extents.add(at - data, DATA)
+            extents.add_until(at, DATA)  # nothing, where it has become a hole in between: look again
         return extents
+
+    def identity(self) -> str:
+        """See BlockDevice."""
+        identify = identity_of_block_device if self.is_block else identity_of_file
+        return identify(self._fd, self.name)
+
+    async def lock(self) -> None:
+        """See BlockDevice: for itself, or with others that only read."""
+        try:
+            await lock(self._fd, f"'{self.name}'", exclusive=not self.capabilities.read_only)
+        except OSError as error:
+            raise self._failed(error, "locking", 0) from None
 
     async def aclose(self) -> None:
         """Wait for what the threads are doing, then close."""
@@ -273,3 +320,8 @@ class FileDevice(BlockDevice):
         await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)
         os.close(self._fd)
         self._fd = -1
+
+
+def _times_slept() -> int:
+    """How often this thread has given the processor up to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

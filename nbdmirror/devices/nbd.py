@@ -1,8 +1,7 @@
 """NbdDevice: an export of an NBD server as a BlockDevice, over one connection or several.
 
 Rules (NBD protocol, "Transmission phase" and "Block size constraints"):
-1. More than one connection only if the server promises that a flush on one covers what others had answered
-   (CAN_MULTI_CONN). FLUSH is then sent once, on any of them, for writes that have returned.
+1. The connections are the link's (`nbd_link`): how many, what becomes of requests when they are lost, and what FLUSH covers.
 2. Nothing is sent that the server did not offer. What it lacks is made up for: FUA by a flush, zeroing by written zeroes,
    trim and cache by nothing, extents by "all data". Only FAST_ZERO is refused, with ENOTSUP.
    `capabilities` says what the server itself offers.
@@ -10,32 +9,34 @@ Rules (NBD protocol, "Transmission phase" and "Block size constraints"):
    buffer is no longer in use. A *cancelled* call is the exception: its buffer must not be used again.
 4. A server may refuse to zero or trim a long range (EOVERFLOW, EINVAL): the range is halved until it agrees, and the length
    it agreed to is remembered.
-5. A connection that is lost takes its commands with it; later ones go to those that are left. With the last one lost every
-   call raises ENOTCONN. Nothing reconnects by itself: what was in flight is unknown to all but the caller.
+5. A request that comes while there is no connection is held as the link says. One that is on its way fails when a connection
+   that it uses is lost, and later ones go to those that are left.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.devices.base import BlockDevice, Limits
-from nbdmirror.devices.nbd_connection import CONNECT_TIMEOUT, NbdConnection
+from nbdmirror.devices.identity import identity_of_export
+from nbdmirror.devices.nbd_captive import CaptiveServer, command_name
+from nbdmirror.devices.nbd_connection import NbdConnection
+from nbdmirror.devices.nbd_link import DEFAULT_LINK, Link, LinkOptions
+from nbdmirror.devices.nbd_session import all_done
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import HOLE, ZERO, ExtentList
 from nbdmirror.protocol.constants import DEFAULT_MAX_PAYLOAD, FAST_ZERO, FUA
 from nbdmirror.units import MiB, round_down
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    import asyncio
+    from collections.abc import Callable, Iterator, Sequence
 
-    from nbdmirror.devices.nbd_connection import BlockSizes, Buffer, Data
+    from nbdmirror.devices.nbd_connection import Buffer, Data
+    from nbdmirror.devices.nbd_setup import BlockSizes
     from nbdmirror.devices.uri import NbdEndpoint
-
-log = logging.getLogger(__name__)
 
 # Where the server advertises no block sizes, every request must be a multiple of this, if the size is one.
 _SECTOR: Final = 512
@@ -44,8 +45,6 @@ _PREFERRED: Final = 4096
 _MAX_LENGTH: Final = 2**32 - 1
 # A server that refuses to zero even this much refuses for another reason.
 _LEAST_ZERO: Final = 64 * 1024
-# Seconds for each connection after the first: a server that already has one and takes no more may just never answer.
-_EXTRA_TIMEOUT: Final = 3.0
 _TOO_LONG: Final = frozenset((errno.EOVERFLOW, errno.EINVAL))
 # Zeroes for servers without WRITE_ZEROES, and how many writes of them are in flight at a time.
 _ZEROES: Final = bytes(MiB)
@@ -53,75 +52,82 @@ _ZEROES_IN_FLIGHT: Final = 8
 
 
 class NbdDevice(BlockDevice):
-    """An open export. Construct it with `open` or `open_command`."""
+    """An open export. Construct it with `open` or `open_command`. Its `link` tells of lost connections."""
 
-    def __init__(self, first: NbdConnection, *, read_only: bool) -> None:
-        self.name = first.name
-        self.size = first.size
-        self.limits = _limits(first.block_sizes, first.size)
+    def __init__(self, link: Link, *, read_only: bool, server: CaptiveServer | None = None) -> None:
+        self.link = link
+        self.name = link.name
+        self.size = link.info.size
+        self.limits = _limits(link.info.block_sizes, self.size)
         if self.size % self.limits.minimum:
             block = self.limits.minimum
             raise DeviceError(
                 errno.EINVAL,
                 f"{self.name}: its last bytes are out of reach, {self.size} is not a multiple of its block size {block}",
             )
-        self.capabilities = replace(first.capabilities, read_only=read_only or first.capabilities.read_only)
-        self._connections = [first]
+        offered = link.info.capabilities
+        self.capabilities = replace(offered, read_only=read_only or offered.read_only)
+        self._server = server
         # The length of one zero or trim that the server has not refused yet.
         self._agreed = self.limits.maximum_zero
 
     @classmethod
     async def open(
-        cls, endpoint: NbdEndpoint, *, connections: int = 4, read_only: bool = False, timeout: float = CONNECT_TIMEOUT
+        cls, endpoint: NbdEndpoint, *, connections: int = 4, read_only: bool = False, link: LinkOptions = DEFAULT_LINK
     ) -> NbdDevice:
-        """Connect within `timeout` seconds. Raises DeviceError, or UsageError where libnbd or verifiable TLS is missing."""
-        first = await NbdConnection.connect(endpoint, timeout=timeout)
-        device = await cls._over(first, read_only=read_only)
-        if first.capabilities.multi_conn:
-            try:
-                device._connections += await _connect_more(endpoint, first, connections - 1, timeout)
-            except BaseException:
-                await first.aclose(0)
-                raise
-        return device
+        """Connect, as the link's options say. Raises DeviceError, or UsageError where libnbd or verifiable TLS is missing."""
+        return await cls._over(await Link.open(endpoint, connections=connections, options=link), read_only=read_only)
 
     @classmethod
-    async def open_command(cls, argv: Sequence[str], *, read_only: bool = False, timeout: float = CONNECT_TIMEOUT) -> NbdDevice:
-        """Start a captive server by systemd socket activation. It lasts as long as its one connection."""
-        return await cls._over(await NbdConnection.connect_command(argv, timeout=timeout), read_only=read_only)
-
-    @classmethod
-    async def _over(cls, connection: NbdConnection, *, read_only: bool) -> NbdDevice:
+    async def open_command(cls, argv: Sequence[str], *, read_only: bool = False) -> NbdDevice:
+        """Start a captive server by systemd socket activation. It lasts as long as the device, which has one connection."""
+        server = await CaptiveServer.start(argv)
         try:
-            return cls(connection, read_only=read_only)
+            connection = await NbdConnection.connect(server.endpoint, name=command_name(argv))
+            server.hide()
+            return await cls._over(Link.over(connection), read_only=read_only, server=server)
+        except BaseException:
+            await server.aclose()
+            raise
+
+    @classmethod
+    async def _over(cls, link: Link, *, read_only: bool, server: CaptiveServer | None = None) -> NbdDevice:
+        try:
+            return cls(link, read_only=read_only, server=server)
         except DeviceError:
-            await connection.aclose()
+            await link.aclose()
             raise
 
     @property
     def connection_count(self) -> int:
-        """The connections that are left."""
-        return sum(connection.is_alive for connection in self._connections)
+        """The connections that live."""
+        return len(self.link.connections)
 
     async def pread(self, buffer: Buffer, offset: int) -> None:
         """Fill `buffer`, in pieces where it is longer than the server sends at once."""
+        if not self.link.connections:
+            await self.link.ready()
         length = len(buffer)
         if length <= self.limits.maximum:
-            await self._idlest().pread(buffer, offset)
+            await self.link.pick().pread(buffer, offset)
             return
         view = memoryview(buffer)
-        await _all(self._idlest().pread(view[at : at + size], offset + at) for at, size in self._pieces(length))
+        await all_done(self.link.pick().pread(view[at : at + size], offset + at) for at, size in self._pieces(length))
 
     async def pwrite(self, data: Data, offset: int, flags: int = 0) -> None:
         """Write `data`, in pieces where it is longer than the server takes at once."""
         flags, flush_after = self._prepare_write(flags)
+        if not self.link.connections:
+            await self.link.ready()
         length = len(data)
         if length <= self.limits.maximum:
-            await self._idlest().pwrite(data, offset, flags)
+            await self.link.pick_for_write(flags).pwrite(data, offset, flags)
         else:
             view = memoryview(data)
             pieces = self._pieces(length)
-            await _all(self._idlest().pwrite(view[at : at + size], offset + at, flags) for at, size in pieces)
+            await all_done(
+                self.link.pick_for_write(flags).pwrite(view[at : at + size], offset + at, flags) for at, size in pieces
+            )
         if flush_after:
             await self.flush()
 
@@ -146,20 +152,21 @@ class NbdDevice(BlockDevice):
             await self.flush()
 
     async def flush(self) -> None:
-        """Make durable what has returned, if the server can; one that offers no flush promises nothing."""
-        if self.capabilities.flush:
-            await self._idlest().flush()
+        """Make durable what has returned, if the server can; ESTALE where a lost connection may have cost some of it."""
+        await self.link.flush()
 
     async def cache(self, offset: int, length: int) -> None:
         """Have the server read ahead, if it does so on request."""
         if self.capabilities.cache:
-            await self._idlest().cache(offset, min(length, self.limits.maximum_zero))
+            await self.link.ready()
+            await self.link.pick().cache(offset, min(length, self.limits.maximum_zero))
 
     async def extents(self, offset: int, length: int) -> ExtentList:
         """`base:allocation`; all data where the server has none, or refuses: that is always true."""
-        connection = self._idlest()
-        if not connection.has_base_allocation:
+        if not self.capabilities.extents:
             return ExtentList.all_data(offset, length)
+        await self.link.ready()
+        connection = self.link.pick()
         try:
             status = await connection.block_status(offset, min(length, self.limits.maximum_zero))
         except DeviceError:
@@ -173,20 +180,17 @@ class NbdDevice(BlockDevice):
             extents.add(size, flags & (HOLE | ZERO))
         return extents if len(extents) else ExtentList.all_data(offset, length)
 
-    async def aclose(self) -> None:
-        """Say goodbye on every connection, for a bounded time."""
-        await asyncio.gather(*(connection.aclose() for connection in self._connections))
+    def identity(self) -> str:
+        """See BlockDevice."""
+        return identity_of_export(self.name)
 
-    def _idlest(self) -> NbdConnection:
-        """The connection with the fewest commands in flight."""
-        connections = self._connections
-        if len(connections) == 1:
-            return connections[0]
-        best, least = connections[0], _MAX_LENGTH
-        for connection in connections:
-            if connection.in_flight < least and connection.is_alive:
-                best, least = connection, connection.in_flight
-        return best
+    async def aclose(self) -> None:
+        """Say goodbye on every connection, and end a captive server, for a bounded time."""
+        try:
+            await self.link.aclose()
+        finally:
+            if self._server is not None:
+                await self._server.aclose()
 
     def _prepare_write(self, flags: int) -> tuple[int, bool]:
         """The flags to send, and whether a flush has to follow for want of FUA."""
@@ -205,11 +209,12 @@ class NbdDevice(BlockDevice):
         self, command: Callable[[NbdConnection, int, int, int], asyncio.Future[None]], offset: int, length: int, flags: int
     ) -> None:
         """Zero or trim in pieces that the server takes (rule 4)."""
+        await self.link.ready()
         step = self._agreed
         while length:
             size = min(step, length)
             try:
-                await command(self._idlest(), offset, size, flags)
+                await command(self.link.pick_for_write(flags), offset, size, flags)
             except DeviceError as error:
                 smaller = round_down(size // 2, max(self.limits.minimum, _PREFERRED))
                 if error.errno not in _TOO_LONG or smaller < max(_LEAST_ZERO, self.limits.minimum):
@@ -222,66 +227,16 @@ class NbdDevice(BlockDevice):
 
     async def _write_zeroes(self, offset: int, length: int, flags: int) -> None:
         """Zeroes as data, a few writes at a time; `flags` may hold FUA, the others have no meaning here."""
+        await self.link.ready()
         # As long as the block of zeroes or the server's maximum, whichever is less, but never less than its minimum.
         step = max(min(len(_ZEROES), self.limits.maximum), self.limits.minimum)
         zeroes = memoryview(_ZEROES if step <= len(_ZEROES) else bytes(step))
         for start in range(0, length, step * _ZEROES_IN_FLIGHT):
             window = range(start, min(start + step * _ZEROES_IN_FLIGHT, length), step)
-            await _all(self._idlest().pwrite(zeroes[: min(step, length - at)], offset + at, flags & FUA) for at in window)
-
-
-async def _all(commands: Iterable[asyncio.Future[None]]) -> None:
-    """Send all and wait for all; raises what the first in order failed with, once none is in flight any more."""
-    futures: list[asyncio.Future[None]] = []
-    unsent: list[BaseException] = []
-    try:
-        for future in commands:
-            futures.append(future)  # noqa: PERF402  those sent must be known even if the next can't be
-    except DeviceError as error:
-        unsent.append(error)
-    try:
-        if futures:
-            await asyncio.wait(futures)
-    except asyncio.CancelledError:
-        for future in futures:
-            future.cancel()
-        raise
-    failures = [failure for future in futures if (failure := future.exception()) is not None] + unsent
-    if failures:
-        try:
-            raise failures[0]
-        finally:  # the exception knows this frame: were it known here, too, the buffers would stay until the next gc
-            del failures, futures, unsent, future
-
-
-async def _connect_more(endpoint: NbdEndpoint, first: NbdConnection, count: int, timeout: float) -> list[NbdConnection]:
-    """Up to `count` more connections to the same export: fewer, with a warning, where the server takes no more."""
-    timeout = min(timeout, _EXTRA_TIMEOUT)
-    tasks = [asyncio.ensure_future(NbdConnection.connect(endpoint, timeout=timeout)) for _ in range(count)]
-    try:
-        results = await asyncio.gather(*(_attempt(task) for task in tasks))
-    except BaseException:  # what is connected already must not stay so
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
-        await asyncio.gather(*(task.result().aclose(0) for task in tasks if not task.cancelled() and not task.exception()))
-        raise
-    connected = [result for result in results if isinstance(result, NbdConnection)]
-    failures = [result for result in results if isinstance(result, DeviceError)]
-    if failures:
-        log.warning("going on with %d of %d connections: %s", 1 + len(connected), 1 + count, failures[0])
-    for connection in connected:
-        if connection.size != first.size:
-            await asyncio.gather(*(connection.aclose(0) for connection in connected))
-            raise DeviceError(errno.ESTALE, f"{first.name}: its size changed from {first.size} to {connection.size} bytes")
-    return connected
-
-
-async def _attempt(task: asyncio.Future[NbdConnection]) -> NbdConnection | DeviceError:
-    try:
-        return await task
-    except DeviceError as error:
-        return error
+            await all_done(
+                self.link.pick_for_write(flags).pwrite(zeroes[: min(step, length - at)], offset + at, flags & FUA)
+                for at in window
+            )
 
 
 def _limits(sizes: BlockSizes, size: int) -> Limits:

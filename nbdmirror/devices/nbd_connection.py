@@ -15,6 +15,8 @@ Rules:
 6. A handle that is closed or dead can't be connected again. Make another NbdConnection.
 7. libnbd verifies a server's certificate only against a host name that it was given itself (CVE-2024-7383), so TLS goes
    through its own connect call, and x509 over a transport without host names is refused.
+8. A connection whose server owes answers and is silent for too long is hung (`nbd_patience`). Giving it up leaves its socket
+   to a Wake: the server may still be at work.
 """
 
 from __future__ import annotations
@@ -22,18 +24,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from nbdmirror.devices.base import Capabilities
-from nbdmirror.devices.nbd_setup import READ, WRITE, Handle, connect_failure, resolve, set_up_tls, wait_for_fd
+from nbdmirror.devices.nbd_patience import Patience
+from nbdmirror.devices.nbd_setup import (
+    READ,
+    WRITE,
+    ExportInfo,
+    Handle,
+    abort_when_closed,
+    connect_failure,
+    learn,
+    resolve,
+    set_up_tls,
+    start_connecting,
+    wait_for_fd,
+)
+from nbdmirror.devices.nbd_wake import Wake
 from nbdmirror.errors import DeviceError, UsageError
-from nbdmirror.protocol.constants import BASE_ALLOCATION
+from nbdmirror.protocol.constants import BASE_ALLOCATION, FUA
 from nbdmirror.sockets import widen_unix_send_buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from ctypes import c_int
 
     from nbdmirror.devices.uri import NbdEndpoint
@@ -47,6 +60,8 @@ except ImportError:  # said when a connection is wanted: everything else works w
 CONNECT_TIMEOUT: Final = 10.0
 # Seconds that an orderly goodbye may take; a server that does not answer is dropped after that.
 CLOSE_TIMEOUT: Final = 5.0
+# What has a server wait for its disk, as everything with FUA does.
+_SLOW: Final = frozenset({"flush", "zero", "trim"})
 _MISSING: Final = (
     "NBD needs libnbd's Python binding: apt install python3-libnbd, or your distribution's package of it "
     "(the package called nbd on PyPI is something else)"
@@ -56,28 +71,21 @@ Buffer: TypeAlias = bytearray | memoryview
 Data: TypeAlias = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class BlockSizes:
-    """What the server advertised, in bytes; 0 where it said nothing."""
-
-    minimum: int
-    preferred: int
-    maximum: int
-
-
 class NbdConnection:
-    """One connection to an export, ready for commands. Construct it with `connect` or `connect_command`.
+    """One connection to an export, ready for commands. Construct it with `connect`.
 
     Every command returns at once with a future, or raises DeviceError when it can't even be sent. A future fails with
-    DeviceError: the server's errno, or ENOTCONN when the connection is lost. Nothing bounds the commands in flight.
+    DeviceError: the server's errno, ENOTCONN when the connection is lost, ETIMEDOUT when it was given up. Nothing bounds the
+    commands in flight. `on_gone` is called once, when the connection has ended in whatever way, before anybody hears that his
+    command failed. `on_hung` is called when the server has been silent for too long, and is to give the connection up.
     """
 
-    def __init__(self, handle: Handle, name: str) -> None:
+    info: ExportInfo
+
+    def __init__(self, handle: Handle, name: str, request_timeout: float | None) -> None:
         self.name = name
-        self.size = 0
-        self.block_sizes = BlockSizes(0, 0, 0)
-        self.capabilities = Capabilities()
-        self.has_base_allocation = False
+        self.on_gone: Callable[[NbdConnection], None] | None = None
+        self.on_hung: Callable[[], None] | None = None
         self._loop = asyncio.get_running_loop()
         self._handle: Handle | None = handle
         self._fd = -1
@@ -88,71 +96,59 @@ class NbdConnection:
         # What was asked, by future, for the text of a failure; and what libnbd reported since the last settlement.
         self._pending: dict[asyncio.Future[None], tuple[str, tuple[object, ...]]] = {}
         self._completed: list[tuple[asyncio.Future[None], int]] = []
+        self._request_timeout = request_timeout
+        self._patience: Patience | None = None
 
     @classmethod
-    async def connect(cls, endpoint: NbdEndpoint, *, timeout: float = CONNECT_TIMEOUT) -> NbdConnection:
-        """Connect within `timeout` seconds. Raises DeviceError, or UsageError where libnbd or safe TLS is missing."""
+    async def connect(
+        cls, endpoint: NbdEndpoint, *, name: str = "", timeout: float = CONNECT_TIMEOUT, request_timeout: float | None = None
+    ) -> NbdConnection:
+        """Connect within `timeout` seconds; `name` is for messages, the URI where it is empty.
+
+        Raises DeviceError, or UsageError where libnbd or safe TLS is missing.
+        """
         _require_libnbd()
-        name = endpoint.uri
-        if endpoint.transport == "unix":
-            return await cls._open(endpoint, name, timeout, lambda handle: handle.aio_connect_unix(endpoint.socket))
-        if endpoint.transport == "vsock":
-            return await cls._open(
-                endpoint, name, timeout, lambda handle: handle.aio_connect_vsock(int(endpoint.host), endpoint.port)
-            )
-        # libnbd looks names up where it stands. It must have the name for TLS (rule 7): then it does so in a thread.
-        addresses = [endpoint.host] if endpoint.tls else await resolve(endpoint, timeout)
-        return await cls._connect_any(endpoint, addresses, timeout)
-
-    @classmethod
-    async def connect_command(cls, argv: Sequence[str], *, timeout: float = CONNECT_TIMEOUT) -> NbdConnection:
-        """Start a captive server by systemd socket activation; it ends with the connection."""
-        _require_libnbd()
-        name = f"[ {' '.join(argv)} ]"
-        if not argv or shutil.which(argv[0]) is None:
-            raise UsageError(f"{name}: no such command to start an NBD server with")
-        return await cls._open(None, name, timeout, lambda handle: handle.aio_connect_systemd_socket_activation(list(argv)))
-
-    @classmethod
-    async def _connect_any(cls, endpoint: NbdEndpoint, addresses: list[str], timeout: float) -> NbdConnection:
-        """The first TCP address that answers; the time left is shared evenly by those not yet tried."""
+        name = name or endpoint.uri
         deadline = asyncio.get_running_loop().time() + timeout
-        failure = DeviceError(errno.EHOSTUNREACH, f"cannot connect to {endpoint.uri}")
-        for tried, address in enumerate(addresses):
-            share = (deadline - asyncio.get_running_loop().time()) / (len(addresses) - tried)
-
-            def start(handle: Handle, address: str = address) -> None:
-                handle.aio_connect_tcp(address, str(endpoint.port))
-
+        # libnbd looks names up where it stands. It must have the name for TLS (rule 7): then it does so in a thread.
+        hosts = await resolve(endpoint, timeout) if endpoint.transport == "tcp" and not endpoint.tls else [endpoint.host]
+        failure = DeviceError(errno.EHOSTUNREACH, f"cannot connect to {name}")
+        for tried, host in enumerate(hosts):  # the time left is shared evenly by those not yet tried
+            share = (deadline - asyncio.get_running_loop().time()) / (len(hosts) - tried)
+            connection = cls(_new_handle(endpoint), name, request_timeout)
             try:
-                return await cls._open(endpoint, endpoint.uri, share, start)
+                await connection._open(endpoint, host, share)
             except DeviceError as error:
                 failure = error
+            else:
+                return connection
         raise failure
 
-    @classmethod
-    async def _open(
-        cls, endpoint: NbdEndpoint | None, name: str, timeout: float, start: Callable[[Handle], None]
-    ) -> NbdConnection:
-        connection = cls(_new_handle(endpoint), name)
+    async def _open(self, endpoint: NbdEndpoint, host: str, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
-                # In a thread: a name may have to be looked up, or a command started.
-                await asyncio.to_thread(start, connection._handle)
-                await connection._handshake()
-            connection._learn()
-            connection._fd = connection._live.aio_get_fd()
-            widen_unix_send_buffer(connection._fd)
-            connection._update()
-            return connection
+                await asyncio.to_thread(start_connecting, self._live, endpoint, host)
+                await self._handshake()
+            self.info = learn(self._live)
+            self._fd = self._live.aio_get_fd()
+            widen_unix_send_buffer(self._fd)
+            abort_when_closed(self._fd)
+            if self._request_timeout is not None:
+                self._patience = Patience(self._request_timeout, self._fd, self._hung)
+            self._update()
         except TimeoutError:
-            failure = DeviceError(errno.ETIMEDOUT, f"cannot connect to {name}")
+            failure = DeviceError(errno.ETIMEDOUT, f"cannot connect to {self.name}")
         except nbd.Error as error:
-            failure = connect_failure(error, name)
+            failure = connect_failure(error, self.name)
         except BaseException:
-            connection._lose()
+            self._lose()
             raise
-        connection._lose()
+        else:
+            if self.info.size >= 0:
+                return
+            size = self.info.size % 2**64  # libnbd lets sizes from 2**63 on through (CVE-2023-5215)
+            failure = DeviceError(errno.EFBIG, f"{self.name}: the server's size for it, {size} bytes, is out of range")
+        self._lose()
         raise failure  # out here, where it does not carry libnbd's frames along: those keep the handle open
 
     async def _handshake(self) -> None:
@@ -166,28 +162,6 @@ class NbdConnection:
                 self._live.aio_notify_write()
         if not self._live.aio_is_ready():
             raise DeviceError(errno.ECONNRESET, f"cannot connect to {self.name}")
-
-    def _learn(self) -> None:
-        """Take down what the server said of itself."""
-        handle = self._live
-        self.size = handle.get_size()
-        if self.size < 0:  # libnbd lets sizes from 2**63 on through (CVE-2023-5215)
-            raise DeviceError(errno.EFBIG, f"{self.name}: the server's size for it, {self.size % 2**64} bytes, is out of range")
-        sizes = (handle.get_block_size(which) for which in (nbd.SIZE_MINIMUM, nbd.SIZE_PREFERRED, nbd.SIZE_MAXIMUM))
-        self.block_sizes = BlockSizes(*sizes)
-        self.has_base_allocation = handle.can_meta_context(BASE_ALLOCATION)
-        self.capabilities = Capabilities(
-            read_only=handle.is_read_only(),
-            flush=handle.can_flush(),
-            fua=handle.can_fua(),
-            trim=handle.can_trim(),
-            zero=handle.can_zero(),
-            fast_zero=handle.can_zero() and handle.can_fast_zero(),
-            cache=handle.can_cache(),
-            extents=self.has_base_allocation,
-            rotational=handle.is_rotational(),
-            multi_conn=handle.can_multi_conn(),
-        )
 
     @property
     def in_flight(self) -> int:
@@ -261,6 +235,8 @@ class NbdConnection:
         except nbd.Error as error:
             number = error.errnum
         else:
+            if self._patience is not None:
+                self._patience.begun(future, is_slow=what in _SLOW or bool(flags & FUA))
             # Only now, when libnbd has taken it. It may have called back already, but nothing settles before _update.
             self._pending[future] = (what, arguments)
             self._update()
@@ -284,9 +260,27 @@ class NbdConnection:
                     handle.aio_notify_read()
                 else:
                     handle.aio_notify_write()
+                if self._patience is not None:
+                    self._patience.moved()
         except nbd.Error:
             pass  # the connection broke, which its direction shows as well
         self._update()
+
+    def _hung(self) -> None:
+        if self.on_hung is not None:
+            self.on_hung()
+        else:
+            self._lose(errno.ETIMEDOUT)
+
+    def give_up(self) -> Wake | None:
+        """Drop the connection while the server may be at work; pending commands fail with ETIMEDOUT. None if it is gone."""
+        if self._handle is None:
+            return None
+        wake = None
+        with contextlib.suppress(OSError):  # too many open files: then nobody can wait for the server
+            wake = Wake(self._fd)
+        self._lose(errno.ETIMEDOUT)
+        return wake
 
     def _update(self) -> None:
         """Resolve what has completed and watch what libnbd now waits for; a handle that waits for nothing is gone."""
@@ -303,6 +297,8 @@ class NbdConnection:
     def _settle(self) -> None:
         # set_result only schedules, so nothing can complete meanwhile.
         for future, error in self._completed:
+            if self._patience is not None and future in self._pending:
+                self._patience.ended(future)
             what, arguments = self._pending.pop(future, ("", ()))
             if future.done():  # cancelled
                 continue
@@ -328,8 +324,10 @@ class NbdConnection:
             else:
                 self._loop.remove_writer(self._fd)
 
-    def _lose(self) -> None:
+    def _lose(self, error: int = errno.ENOTCONN) -> None:
         """The end, by whichever side: stop watching, drop the handle, fail what is pending. Idempotent."""
+        if self._patience is not None:
+            self._patience.stop()
         if self._watched:
             self._watched = 0
             for remove in (self._loop.remove_reader, self._loop.remove_writer):
@@ -340,9 +338,11 @@ class NbdConnection:
         pending, self._pending = self._pending, {}
         for future, (what, arguments) in pending.items():
             if not future.done():
-                future.set_exception(self._failure(what, arguments, errno.ENOTCONN))
+                future.set_exception(self._failure(what, arguments, error))
         if not self._gone.done():
             self._gone.set_result(None)
+            if self.on_gone is not None:
+                self.on_gone(self)
 
     def _failure(self, what: str, arguments: tuple[object, ...], error: int) -> DeviceError:
         where = ""
@@ -387,14 +387,13 @@ def _require_libnbd() -> None:
         raise UsageError(_MISSING)
 
 
-def _new_handle(endpoint: NbdEndpoint | None) -> Handle:
+def _new_handle(endpoint: NbdEndpoint) -> Handle:
     handle = nbd.NBD()
     handle.add_meta_context(BASE_ALLOCATION)
     # Clearing each buffer before it is read into costs a pass over it; we never look at one whose read failed.
     if hasattr(handle, "set_pread_initialize"):
         handle.set_pread_initialize(False)
-    if endpoint is not None:
-        handle.set_export_name(endpoint.export)
-        if endpoint.tls:
-            set_up_tls(handle, endpoint)
+    handle.set_export_name(endpoint.export)
+    if endpoint.tls is not None:
+        set_up_tls(handle, endpoint, endpoint.tls)
     return handle

@@ -2,7 +2,10 @@
 
 Rules:
 1. No import of libnbd here: a handle comes in as an argument.
-2. TLS is never less than was asked for: what can't be verified is refused before anything is sent.
+2. TLS is never less than was asked for: what can't be verified is refused before anything is sent, unless the user said
+   that it need not be.
+3. Two exports are taken for the same if they have the same size and block sizes, and are both writable or both not. An export
+   that offers less than the other is not the same one: what is no longer offered may have been relied upon.
 """
 
 from __future__ import annotations
@@ -12,17 +15,26 @@ import errno
 import os
 import re
 import socket
+import struct
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
+from nbdmirror.devices.base import Capabilities
 from nbdmirror.errors import DeviceError, UsageError
+from nbdmirror.protocol.constants import BASE_ALLOCATION
 
 if TYPE_CHECKING:
-    from nbdmirror.devices.uri import NbdEndpoint
+    from nbdmirror.devices.uri import ClientTls, NbdEndpoint
 
-# libnbd's AIO_DIRECTION_* bits and TLS_REQUIRE (libnbd(3)); fixed by its ABI.
+# libnbd's AIO_DIRECTION_* bits, TLS_REQUIRE and SIZE_* (libnbd(3)); fixed by its ABI.
 READ: Final = 1
 WRITE: Final = 2
 _TLS_REQUIRE: Final = 2
+_SIZE_MINIMUM, _SIZE_PREFERRED, _SIZE_MAXIMUM = range(3)
+# struct linger: on, 0 seconds.
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
+# What may differ between two answers of one export: whether its disk rotates, and whether it takes more connections.
+_UNIMPORTANT: Final = frozenset({"read_only", "rotational", "multi_conn"})
 
 # The binding ships no types.
 Handle: TypeAlias = Any
@@ -35,30 +47,93 @@ class LibnbdError(Protocol):
     errnum: int
 
 
-def set_up_tls(handle: Handle, endpoint: NbdEndpoint) -> None:
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """What the server advertised, in bytes; 0 where it said nothing."""
+
+    minimum: int
+    preferred: int
+    maximum: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What a server says of an export when it is connected to."""
+
+    size: int
+    block_sizes: BlockSizes
+    capabilities: Capabilities
+
+    def change_since(self, earlier: ExportInfo) -> str:
+        """Why this can't be the export that `earlier` described, or "" if it can (rule 3)."""
+        if self.size != earlier.size:
+            return f"its size changed from {earlier.size} to {self.size} bytes"
+        if self.block_sizes != earlier.block_sizes:
+            return f"its block sizes changed from {earlier.block_sizes} to {self.block_sizes}"
+        new, old = self.capabilities, earlier.capabilities
+        if new.read_only != old.read_only:
+            return f"it is {'read-only' if new.read_only else 'writable'} now"
+        names = (field.name for field in fields(Capabilities) if field.name not in _UNIMPORTANT)
+        if missing := [name for name in names if getattr(old, name) and not getattr(new, name)]:
+            return f"it no longer offers {', '.join(missing)}"
+        return ""
+
+
+def learn(handle: Handle) -> ExportInfo:
+    """What the server of a connected handle said."""
+    extents = handle.can_meta_context(BASE_ALLOCATION)
+    return ExportInfo(
+        handle.get_size(),
+        BlockSizes(*(handle.get_block_size(which) for which in (_SIZE_MINIMUM, _SIZE_PREFERRED, _SIZE_MAXIMUM))),
+        Capabilities(
+            read_only=handle.is_read_only(),
+            flush=handle.can_flush(),
+            fua=handle.can_fua(),
+            trim=handle.can_trim(),
+            zero=handle.can_zero(),
+            fast_zero=handle.can_zero() and handle.can_fast_zero(),
+            cache=handle.can_cache(),
+            extents=extents,
+            rotational=handle.is_rotational(),
+            multi_conn=handle.can_multi_conn(),
+        ),
+    )
+
+
+def set_up_tls(handle: Handle, endpoint: NbdEndpoint, tls: ClientTls) -> None:
     """TLS or nothing, with the server verified; UsageError where this libnbd can't do that (rule 2)."""
     if not handle.supports_tls():
         raise UsageError(f"{endpoint.uri}: this libnbd was built without TLS")
-    if endpoint.tls_hostname and not hasattr(handle, "set_tls_hostname"):
+    if tls.hostname and not hasattr(handle, "set_tls_hostname"):
         raise UsageError(
             f"{endpoint.uri}: this libnbd can't verify another name than the host's; use the certificate's name as the host"
         )
-    if endpoint.transport != "tcp" and not endpoint.tls_psk_file and not endpoint.tls_hostname:
+    if tls.verify and endpoint.transport != "tcp" and not tls.psk_file and not tls.hostname:
         raise UsageError(
             f"{endpoint.uri}: libnbd can't verify a certificate without a host name, so anyone could answer; "
-            "use tls-psk-file=FILE, or nbds://HOST over TCP"
+            "use tls-psk-file=FILE, or nbds://HOST over TCP, or say tls-verify-peer=false (mirror: --tls-no-verify)"
         )
     handle.set_tls(_TLS_REQUIRE)
-    handle.set_tls_verify_peer(True)
+    handle.set_tls_verify_peer(tls.verify)
     for value, setter in (
-        (endpoint.tls_username, handle.set_tls_username),
-        (endpoint.tls_certificates, handle.set_tls_certificates),
-        (endpoint.tls_psk_file, handle.set_tls_psk_file),
+        (tls.username, handle.set_tls_username),
+        (tls.certificates, handle.set_tls_certificates),
+        (tls.psk_file, handle.set_tls_psk_file),
     ):
         if value:
             setter(value)
-    if endpoint.tls_hostname:
-        handle.set_tls_hostname(endpoint.tls_hostname)
+    if tls.hostname:
+        handle.set_tls_hostname(tls.hostname)
+
+
+def abort_when_closed(fd: int) -> None:
+    """Let the system forget what is still to be sent when the socket is closed, instead of delivering it some time later.
+
+    A link that comes back would else bring old writes after newer ones; the goodbye of a healthy connection is sent long
+    before. Unix sockets deliver at once and don't mind.
+    """
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
 
 
 async def resolve(endpoint: NbdEndpoint, timeout: float) -> list[str]:
@@ -73,6 +148,16 @@ async def resolve(endpoint: NbdEndpoint, timeout: float) -> list[str]:
     # getnameinfo's spelling of an address keeps the zone of a link-local one.
     names = [socket.getnameinfo(address, socket.NI_NUMERICHOST)[0] for *_, address in found]
     return list(dict.fromkeys(names))
+
+
+def start_connecting(handle: Handle, endpoint: NbdEndpoint, host: str) -> None:
+    """To be called in a thread: `host` may be a name that has to be looked up."""
+    if endpoint.transport == "unix":
+        handle.aio_connect_unix(endpoint.socket)
+    elif endpoint.transport == "vsock":
+        handle.aio_connect_vsock(int(host), endpoint.port)
+    else:
+        handle.aio_connect_tcp(host, str(endpoint.port))
 
 
 async def wait_for_fd(loop: asyncio.AbstractEventLoop, fd: int, direction: int) -> int:
@@ -101,5 +186,5 @@ def connect_failure(error: LibnbdError, name: str) -> DeviceError:
     if "certificate verification" in detail:  # GnuTLS does not say why
         detail = "its certificate has expired, is for another host, or is not signed by the ca-cert.pem that was given"
     context = f"cannot connect to {name}"
-    # Where the connect call itself failed, the errno says it all.
-    return DeviceError(number, context if detail.startswith("connect") else f"{context} ({detail})")
+    # Where the system call itself failed, the errno says it all.
+    return DeviceError(number, context if detail.startswith(("connect", "socket")) else f"{context} ({detail})")

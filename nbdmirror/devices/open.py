@@ -12,12 +12,13 @@ Rules:
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import unquote
 
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.nbd import NbdDevice
-from nbdmirror.devices.nbd_connection import CONNECT_TIMEOUT
+from nbdmirror.devices.nbd_link import DEFAULT_LINK, LinkOptions
 from nbdmirror.devices.uri import looks_like_uri, parse_endpoint
 from nbdmirror.errors import UsageError
 
@@ -31,17 +32,25 @@ _FILE_URI: Final = re.compile(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", re.IG
 
 
 async def open_device(
-    target: str | Sequence[str], *, read_only: bool = False, connections: int = 4, timeout: float = CONNECT_TIMEOUT
+    target: str | Sequence[str],
+    *,
+    read_only: bool = False,
+    connections: int = 4,
+    link: LinkOptions = DEFAULT_LINK,
+    tls_verify: bool = True,
 ) -> BlockDevice:
     """Open a path, a URI, or the command (a list) of a captive server.
 
-    `connections` and `timeout` (seconds, for connecting) are for NBD. Raises UsageError and DeviceError.
+    `connections`, `link` and `tls_verify` are for NBD URIs; without `tls_verify` any certificate will do. Raises UsageError
+    and DeviceError.
     """
     if not isinstance(target, str):
-        return await NbdDevice.open_command(target, read_only=read_only, timeout=timeout)
+        return await NbdDevice.open_command(target, read_only=read_only)
     if looks_like_uri(target):
         endpoint = parse_endpoint(target)
-        return await NbdDevice.open(endpoint, connections=connections, read_only=read_only, timeout=timeout)
+        if endpoint.tls is not None and not tls_verify:
+            endpoint = replace(endpoint, tls=replace(endpoint.tls, verify=False))
+        return await NbdDevice.open(endpoint, connections=connections, read_only=read_only, link=link)
     return FileDevice.open(local_path(target), read_only=read_only)
 
 

@@ -12,6 +12,7 @@ Rules:
 2. What is not understood is refused in one line which names the text and the remedy: a misspelt parameter must not
    silently turn TLS options off. Only parameters called `x-*` are ignored (NBD URI text, "experimental").
 3. `endpoint.uri` is the one spelling printed for users; parsing it gives an equal endpoint.
+4. A server's certificate is verified unless the text says `tls-verify-peer=false`, in exactly libnbd's words for that.
 """
 
 from __future__ import annotations
@@ -46,17 +47,35 @@ _SCHEMES: Final[dict[str, tuple[Transport, bool]]] = {
     "nbds+vsock": ("vsock", True),
 }
 _TLS_PARAMETERS: Final = frozenset({"tls-certificates", "tls-psk-file", "tls-hostname", "tls-type", "tls-verify-peer"})
+_YES: Final = frozenset({"1", "true", "yes", "on"})
+_NO: Final = frozenset({"0", "false", "no", "off"})
 # Left as they are where a URI is printed: allowed there by RFC 3986, and taken literally by every client.
 _SAFE_IN_PATH: Final = "/:@!$,;=~-._"
 _SAFE_IN_QUERY: Final = "/:@,~-._"
 
 
 @dataclass(frozen=True, slots=True)
-class NbdEndpoint:
-    """Where an export is and what it is called.
+class ClientTls:
+    """TLS or nothing, and who we are there.
 
-    `host` and `port` belong to tcp and vsock (there the host is the CID in decimal), `socket` to unix. `tls_username` is
-    the identity for a pre-shared key. Raises UsageError for what no endpoint can have.
+    `certificates` is a directory of ca-cert.pem, client-cert.pem and client-key.pem, the system's authorities where it is
+    empty; `psk_file` holds pre-shared keys instead, and `username` says which of them is ours. `hostname` is the name in
+    the server's certificate where that is not the host's. Without `verify` any certificate will do.
+    """
+
+    certificates: str = ""
+    psk_file: str = ""
+    username: str = ""
+    hostname: str = ""
+    verify: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NbdEndpoint:
+    """Where an export is and what it is called, in clear if `tls` is None.
+
+    `host` and `port` belong to tcp and vsock (there the host is the CID in decimal), `socket` to unix. Raises UsageError
+    for what no endpoint can have.
     """
 
     transport: Transport
@@ -64,11 +83,7 @@ class NbdEndpoint:
     port: int = 0
     socket: str = ""
     export: str = ""
-    tls: bool = False
-    tls_username: str = ""
-    tls_certificates: str = ""
-    tls_psk_file: str = ""
-    tls_hostname: str = ""
+    tls: ClientTls | None = None
 
     def __post_init__(self) -> None:
         if self.transport == "unix":
@@ -92,7 +107,7 @@ class NbdEndpoint:
         """The preferred URI, for users to read and to paste into any NBD client."""
         scheme = ("nbds" if self.tls else "nbd") + ("" if self.transport == "tcp" else f"+{self.transport}")
         path = "/" + quote(self.export, _SAFE_IN_PATH, errors="surrogateescape") if self.export else ""
-        authority = f"{quote(self.tls_username, '~-._')}@" if self.tls_username else ""
+        authority = f"{quote(self.tls.username, '~-._')}@" if self.tls and self.tls.username else ""
         if self.transport == "unix":
             path = path or "/"
         elif ":" in self.host:
@@ -103,11 +118,13 @@ class NbdEndpoint:
         return f"{scheme}://{authority}{path}{'?' if query else ''}{query}"
 
     def _parameters(self) -> list[tuple[str, str]]:
+        tls = self.tls or ClientTls()
         pairs = (
             ("socket", self.socket),
-            ("tls-certificates", self.tls_certificates),
-            ("tls-psk-file", self.tls_psk_file),
-            ("tls-hostname", self.tls_hostname),
+            ("tls-certificates", tls.certificates),
+            ("tls-psk-file", tls.psk_file),
+            ("tls-hostname", tls.hostname),
+            ("tls-verify-peer", "" if tls.verify else "false"),
         )
         return [(key, value) for key, value in pairs if value]
 
@@ -140,11 +157,17 @@ def parse_endpoint(text: str) -> NbdEndpoint:
         port=port,
         socket=parameters.get("socket", ""),
         export=_decode(text, (match["path"] or "/")[1:]),
-        tls=tls,
-        tls_username=user,
-        tls_certificates=parameters.get("tls-certificates", ""),
-        tls_psk_file=parameters.get("tls-psk-file", ""),
-        tls_hostname=parameters.get("tls-hostname", ""),
+        tls=_client_tls(user, parameters) if tls else None,
+    )
+
+
+def _client_tls(user: str, parameters: dict[str, str]) -> ClientTls:
+    return ClientTls(
+        certificates=parameters.get("tls-certificates", ""),
+        psk_file=parameters.get("tls-psk-file", ""),
+        username=user,
+        hostname=parameters.get("tls-hostname", ""),
+        verify=parameters.get("tls-verify-peer", "true").lower() in _YES,
     )
 
 
@@ -194,8 +217,8 @@ def _parse_query(text: str, query: str, transport: Transport, tls: bool) -> dict
         raise _refusal(text, "a pre-shared key is in a file: add tls-psk-file=FILE")
     if kind not in ("", "psk" if has_key else "x509"):
         raise _refusal(text, f"tls-type={kind} is not possible here; with certificates it is x509, with tls-psk-file=FILE psk")
-    if parameters.pop("tls-verify-peer", "1").lower() not in {"1", "true", "yes", "on"}:
-        raise _refusal(text, "the server is always verified; leave tls-verify-peer out")
+    if parameters.get("tls-verify-peer", "true").lower() not in _YES | _NO:
+        raise _refusal(text, "tls-verify-peer is true or false")
     return parameters
 
 

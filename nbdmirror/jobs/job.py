@@ -63,7 +63,7 @@ class Job(ABC):
 
     @abstractmethod
     async def run(self) -> None:
-        """Do the work, with `pause_point` at every step; call `conclude` once it is done. Raises DeviceError or Cancelled."""
+        """Do the work, with `pause_point` at every step; call `pend` once it is done. Raises DeviceError or Cancelled."""
 
     @abstractmethod
     async def quiesce(self) -> None:
@@ -78,6 +78,11 @@ class Job(ABC):
     @abstractmethod
     def is_busy(self) -> bool:
         """Whether something is being done right now."""
+
+    @property
+    def io_status(self) -> str:
+        """`ok`; or `failed` or `nospace` where an error has paused the job."""
+        return "ok"
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
@@ -133,18 +138,24 @@ class Job(ABC):
             self._emit("BLOCK_JOB_COMPLETED", {**self._event_data(), "error": error})
         self._end()
 
-    async def conclude(self) -> None:
-        """The work is done: wait to be finalized, where that was asked for. Raises Cancelled when cancelled instead."""
+    def pend(self) -> None:
+        """The work is done."""
         self._become(JobStatus.WAITING)
         self._become(JobStatus.PENDING)
         if not self.auto_finalize:
             self._emit("BLOCK_JOB_PENDING", {"type": self.kind, "id": self.id})
-            while not self._finalized:
-                await self._woken()
-                self.cancel_point()
+
+    async def finalized(self, within: float | None) -> bool:
+        """Wait to be finalized, where that was asked for; False after so many seconds. Raises Cancelled."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                while not (self.auto_finalize or self._finalized):
+                    await self.woken()
+                    self.cancel_point()
+        return self.auto_finalize or self._finalized
 
     def succeed(self) -> None:
-        """Say so, after `conclude` and whatever had to be done then."""
+        """Say so, after `finalized` and whatever had to be done then."""
         self._emit("BLOCK_JOB_COMPLETED", self._event_data())
         self._end()
 
@@ -180,33 +191,42 @@ class Job(ABC):
 
     async def pause_point(self) -> None:
         """Stay here while the job is paused; raises Cancelled when it has been cancelled."""
-        if self._is_held():
+        if self.is_to_pause():
             await self.quiesce()
-        if self._is_held():  # neither resumed nor cancelled meanwhile
+        if self.is_to_pause():  # neither resumed nor cancelled meanwhile
             back = self.status
             self._become(JobStatus.STANDBY if back == JobStatus.READY else JobStatus.PAUSED)
-            while self._is_held():
-                await self._woken()
+            while self.is_to_pause():
+                await self.woken()
             self._become(back)
         self.cancel_point()
 
-    def _is_held(self) -> bool:
+    def is_to_pause(self) -> bool:
+        """Whether the next pause point will be one."""
         return self._pause_wanted and not self._cancel_wanted
+
+    def is_to_cancel(self) -> bool:
+        """Whether the job has been cancelled."""
+        return self._cancel_wanted
 
     def cancel_point(self) -> None:
         """Raises Cancelled when the job has been cancelled; for where pausing would hold others up."""
         if self._cancel_wanted:
             raise Cancelled
 
-    async def unless_cancelled(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`; for whatever may never end. It is given up, and Cancelled raised, when the job is cancelled."""
+    async def unless_cancelled(self, work: Coroutine[Any, Any, Result], within: float | None = None) -> Result:
+        """The result of `work`; for whatever may never end. It is given up when the job is cancelled, which raises
+        Cancelled, or when `within` seconds have passed, which raises TimeoutError."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda _: self.wake())
-        while not task.done() and not self._cancel_wanted:
-            await self._woken()
-        if self._cancel_wanted:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        try:
+            async with asyncio.timeout(within):
+                while not task.done() and not self._cancel_wanted:
+                    await self.woken()
+        finally:
+            if not task.done() or self._cancel_wanted:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self.cancel_point()
         return task.result()
 
@@ -214,7 +234,8 @@ class Job(ABC):
         """Something has changed: let the task look."""
         self._wake.set()
 
-    async def _woken(self) -> None:
+    async def woken(self) -> None:
+        """Wait for a `wake`."""
         await self._wake.wait()
         self._wake.clear()
 
@@ -222,7 +243,7 @@ class Job(ABC):
         """Sleep, but not past a `wake`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._woken()
+                await self.woken()
 
     # --- verbs -----------------------------------------------------------------------------------------------------
 
@@ -269,8 +290,8 @@ class Job(ABC):
 
     @property
     def is_paused(self) -> bool:
-        """Whether the job does nothing because it was told to, or waits to be finalized."""
-        return self._pause_wanted or self.status == JobStatus.PENDING
+        """Whether the job does nothing because it was told to, has to wait for something, or waits to be finalized."""
+        return self._pause_wanted or self.status in (JobStatus.PAUSED, JobStatus.STANDBY, JobStatus.PENDING)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self.status}>"

@@ -42,6 +42,7 @@ class JobVerb(StrEnum):
     COMPLETE = "complete"
     FINALIZE = "finalize"
     DISMISS = "dismiss"
+    CHANGE = "change"
 
 
 _S = JobStatus
@@ -69,6 +70,7 @@ VERBS: Final[dict[JobVerb, frozenset[JobStatus]]] = {
     JobVerb.COMPLETE: frozenset((_S.READY, _S.STANDBY)),
     JobVerb.FINALIZE: frozenset((_S.PENDING,)),
     JobVerb.DISMISS: frozenset((_S.CONCLUDED,)),
+    JobVerb.CHANGE: _ALIVE,
 }
 
 

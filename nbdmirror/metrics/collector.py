@@ -20,31 +20,29 @@ from nbdmirror.protocol import constants as c
 from nbdmirror.server.tally import OPERATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterator
 
     from prometheus_client.core import Metric
 
     from nbdmirror.inventory import Inventory
     from nbdmirror.jobs.job import Job
-    from nbdmirror.server.export import Export
 
 # What brought how much to the target, by the counters of a job's statistics. "skipped" read as zero there already.
 _SENT: Final = {"data": "x-bytes-sent", "zero": "x-bytes-zeroed", "skipped": "x-bytes-skipped"}
 
 
-def registry(exports: Callable[[], Iterable[Export]], inventory: Inventory) -> CollectorRegistry:
+def registry(inventory: Inventory) -> CollectorRegistry:
     """All that is exposed: the daemon's own metrics, and those of its process."""
     found = CollectorRegistry(auto_describe=False)
-    found.register(DaemonCollector(exports, inventory))
+    found.register(DaemonCollector(inventory))
     ProcessCollector(registry=found)
     return found
 
 
 class DaemonCollector:
-    """Collected once a scrape. `exports` gives those that there are then."""
+    """Collected once a scrape."""
 
-    def __init__(self, exports: Callable[[], Iterable[Export]], inventory: Inventory) -> None:
-        self._exports = exports
+    def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
 
     def collect(self) -> Iterator[Metric]:
@@ -65,10 +63,10 @@ class DaemonCollector:
             "nbdmirror_nbd_request_bytes", "Bytes of the requests that succeeded.", labels=["export", "op"]
         )
         errors = CounterMetricFamily("nbdmirror_nbd_errors", "Requests answered by an error.", labels=["export", "op", "errno"])
-        for export in self._exports():
-            tally = export.tally
+        for each in self._inventory.exports.values():
+            export, tally = each.export, each.export.tally
             size.add_metric([export.name], export.device.size)
-            connections.add_metric([export.name], export.clients)
+            connections.add_metric([export.name], len(export.sessions))
             in_flight.add_metric([export.name], tally.in_flight)
             for op, count, length in zip(OPERATIONS, tally.requests, tally.lengths, strict=True):
                 requests.add_metric([export.name, op], count)

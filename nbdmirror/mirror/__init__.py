@@ -1,1 +1,5 @@
-"""The mirror: `plan` decides, `copier` does, `zero_map`, `throttle` and `progress` keep account, `job` is the loop."""
+"""The mirror: `job` is its life, `transfer` the copying loop, `active` the guest's writes that go to both disks at once.
+
+`plan`, `carry` and `trouble` decide, `copier` does; `convergence`, `ending` and `pace` say when and how long the guest is held;
+`record` and `flusher` tie a bitmap to what is durable; `zero_map`, `throttle`, `progress` and `rates` keep account.
+"""

@@ -105,14 +105,14 @@ def _cut(start: int, end: int) -> list[tuple[int, int]]:
 
 
 async def _compare_piece(a: BlockDevice, b: BlockDevice, offset: int, length: int, result: Comparison) -> None:
-    left, right = await asyncio.gather(_read(a, offset, length), _read(b, offset, length))
+    left, right = await asyncio.gather(read_range(a, offset, length), read_range(b, offset, length))
     if left == right:
         return
     unlike = (int.from_bytes(left, "big") ^ int.from_bytes(right, "big")).to_bytes(length, "big")
     result.add(offset + length - len(unlike.lstrip(b"\0")), length - unlike.count(0))
 
 
-async def _read(device: BlockDevice, offset: int, length: int) -> bytearray:
+async def read_range(device: BlockDevice, offset: int, length: int) -> bytearray:
     """A range that need not be aligned to the disk's blocks."""
     block = device.limits.minimum
     start = round_down(offset, block)

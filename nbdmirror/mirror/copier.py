@@ -3,19 +3,26 @@
 Rules:
 1. The steps of a unit begin together after its source was read, and the unit is done when all of them are. The caller holds
    the unit's chunks, so nobody else touches them on the target meanwhile.
-2. Data that turns out to be zeroes is sent as zeroes; zeroes go where the target is not known to read as zero already.
+2. Data that turns out to be zeroes is sent as zeroes; zeroes go where the target is not known to read as zero already. There,
+   short zeroes among much data travel as data: a disk that a guest writes to at random would be punched to pieces.
 3. The zero map is told before data is sent and after zeroes have arrived.
+4. No more is in flight than the way to the target can hold: what waits at its end falls out of the processor's cache, and
+   keeps a server on this machine from the processor that everybody shares.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, ZERO, ExtentList, zero_runs
 from nbdmirror.mirror.plan import Copy, Geometry, Step, Unit, Zero
+from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.protocol.constants import NO_HOLE
 from nbdmirror.units import KiB, MiB, round_down
 
@@ -26,6 +33,8 @@ if TYPE_CHECKING:
     from nbdmirror.mirror.progress import Progress
     from nbdmirror.mirror.zero_map import ZeroMap
 
+_log: Final = logging.getLogger(__name__)
+
 # Looked for in data, so that zeroes that the source could not tell of do not travel: what file systems allocate by.
 ZERO_GRAIN: Final = 4 * KiB
 # A coarse look first: where 64 KiB begin with a byte that is set, its 4 KiB blocks are not looked at one by one.
@@ -33,6 +42,16 @@ _COARSE_GRAIN: Final = 64 * KiB
 # 256 KiB to 1 MiB with 16 in flight is where libnbd is fastest; larger buffers fall out of the processor's cache.
 DEFAULT_REQUEST_SIZE: Final = MiB
 DEFAULT_REQUESTS: Final = 16
+DEFAULT_BUFFER: Final = DEFAULT_REQUESTS * DEFAULT_REQUEST_SIZE
+# A unit of more steps than this has its shorter zeroes joined with the data around them: a request costs as much as 64 KiB do.
+_MOST_STEPS: Final = 16
+_SHORT_ZERO: Final = 64 * KiB
+# In flight to a target that answers within this many seconds: enough for 10 Gbit/s. A copy to a server on the same machine took
+# 0.75 of the time that it did with 16 MiB, and 0.9 of the CPU time.
+_NEAR_BUFFER: Final = 4 * MiB
+_NEAR_SECONDS: Final = 0.003
+# So many writes find out; fewer, on a busy machine, might all have been late.
+_NEAR_WRITES: Final = 8
 # One zero request; no payload travels, but a server without real zeroing writes all of it before it answers.
 MOST_ZERO: Final = 256 * MiB
 # What a server may make us ask to learn of one chunk, and of a whole target, before it counts as data.
@@ -41,21 +60,16 @@ _SCAN_QUERIES: Final = 4096
 _SCAN_LENGTH: Final = 4 * KiB * MiB - MiB
 
 
-class CopyFailed(Exception):  # noqa: N818  # it is no fault of ours
-    """A unit could not be copied: `operation` is `read` where the source failed, `write` where the target did."""
-
-    def __init__(self, operation: str, cause: DeviceError) -> None:
-        self.operation = operation
-        self.cause = cause
-        super().__init__(str(cause))
-
-
 @dataclass(frozen=True, slots=True)
 class CopyOptions:
-    """How to copy: the most data bytes per unit, how many units at a time, whether zeroes may become holes."""
+    """How to copy: the most data bytes per unit, how many units at a time, whether zeroes may become holes.
+
+    `buffer` bounds the data of all units at a time, in bytes; a chunk that is larger is copied alone.
+    """
 
     request_size: int = DEFAULT_REQUEST_SIZE
     requests: int = DEFAULT_REQUESTS
+    buffer: int = DEFAULT_BUFFER
     unmap: bool = True
     use_extents: bool = True
 
@@ -69,29 +83,45 @@ class Copier:
         self.source = source
         self.target = target
         self._zero_map = zero_map
-        self._progress = progress
-        self._options = options
+        self.progress = progress
+        self.options = options
         self._zero_flags = 0 if options.unmap else NO_HOLE
         self._buffers: list[bytearray] = []
+        # Of the writes so far, in seconds: others may have waited for their turn.
+        self._quickest = math.inf
+        self._writes = 0
+
+    @property
+    def buffer(self) -> int:
+        """How much data units may hold at a time, in bytes (rule 4)."""
+        if self._quickest > _NEAR_SECONDS and self._writes >= _NEAR_WRITES:
+            return self.options.buffer
+        return min(self.options.buffer, max(_NEAR_BUFFER, 2 * self.options.request_size))
+
+    def note_write(self, seconds: float) -> None:
+        """A write of data has taken so long."""
+        self._quickest = min(self._quickest, seconds)
+        self._writes += 1
 
     def geometry(self, granularity: int) -> Geometry:
         """The bounds of a plan for these two disks."""
-        unit = max(round_down(self._options.request_size, granularity), granularity)
+        unit = max(round_down(min(self.options.request_size, self.options.buffer), granularity), granularity)
         alignment = max(self.target.limits.minimum, self.source.limits.minimum)
         return Geometry(granularity, unit, max(round_down(MOST_ZERO, granularity), granularity), alignment, self.source.size)
 
     async def status(self, offset: int, length: int, at_least: int) -> ExtentList:
         """The source's extents from `offset` on: at least `at_least` bytes of them, at most `length`."""
-        if not self._options.use_extents:
-            return ExtentList.all_data(offset, length)
         extents = ExtentList(offset, length)
-        for _ in range(_STATUS_QUERIES):
-            at = offset + extents.length
-            for extent in await self.source.extents(at, offset + length - at):
-                extents.add(extent.length, extent.flags)
-            if extents.length >= at_least:
-                return extents
-        extents.add_until(offset + at_least, DATA)
+        try:
+            for _ in range(_STATUS_QUERIES if self.options.use_extents else 0):
+                at = offset + extents.length
+                for extent in await self.source.extents(at, offset + length - at):
+                    extents.add(extent.length, extent.flags)
+                if extents.length >= at_least:
+                    return extents
+        except DeviceError as error:  # status is advice: what fails to tell is copied
+            _log.debug("'%s' does not tell its extents: %s", self.source.name, error)
+        extents.add_until(offset + (at_least if extents.length else length), DATA)
         return extents
 
     async def carry_out(self, unit: Unit) -> None:
@@ -110,9 +140,16 @@ class Copier:
         finally:
             self._buffers.append(buffer)
 
+    async def send(self, data: memoryview, offset: int) -> None:
+        """Write what the caller holds, whole blocks of the target. Raises CopyFailed."""
+        self._zero_map.clear(offset, len(data))
+        await _all((self._write(data, offset),))
+
     async def _send(self, unit: Unit, buffer: bytearray, start: int, *, known_zero: bool) -> None:
         view = memoryview(buffer)
         steps = self._refined(unit, buffer, start)
+        if not known_zero and len(steps) > _MOST_STEPS:
+            steps = _joined(steps)
         if any(isinstance(step, Copy) for step in steps):
             self._zero_map.clear(unit.offset, unit.length)
         work = [
@@ -129,7 +166,7 @@ class Copier:
                 await self.source.pread(view, offset)
         except DeviceError as error:
             raise CopyFailed("read", error) from error
-        self._progress.read += len(view)
+        self.progress.read += len(view)
 
     def _refined(self, unit: Unit, buffer: bytearray, start: int) -> list[Step]:
         """The steps with the zeroes that were found in the data, neighbours of a kind joined."""
@@ -144,34 +181,37 @@ class Copier:
         return steps
 
     async def _write(self, data: memoryview, offset: int) -> None:
+        started = time.monotonic()
         await self.target.pwrite(data, offset)
-        self._progress.sent += len(data)
+        self.note_write(time.monotonic() - started)
+        self.progress.sent += len(data)
 
     async def _zero(self, offset: int, length: int, *, known_zero: bool) -> None:
         if known_zero:
-            self._progress.skipped += length
+            self.progress.skipped += length
             return
+        epoch = self._zero_map.epoch
         await self.target.zero(offset, length, self._zero_flags)
-        self._zero_map.set_zero(offset, length)
-        self._progress.zeroed += length
+        self._zero_map.set_zero(offset, length, epoch)
+        self.progress.zeroed += length
 
     def _take_buffer(self, length: int) -> bytearray:
         """A buffer of at least `length` bytes; there are as many as units in flight."""
-        buffer = self._buffers.pop() if self._buffers else bytearray(self._options.request_size)
+        buffer = self._buffers.pop() if self._buffers else bytearray(self.options.request_size)
         return buffer if len(buffer) >= length else bytearray(length)
 
     async def learn_zeroes(self) -> None:
         """Ask the target which parts of it read as zeroes; a target with very many extents is believed to have none."""
         if not self.target.capabilities.extents:
             return
-        at = 0
+        at, epoch = 0, self._zero_map.epoch
         for _ in range(_SCAN_QUERIES):
             if at >= self.source.size:
                 return
             length = min(_SCAN_LENGTH, self.source.size - at)
             for extent in await self.target.extents(at, length):
                 if extent.flags & ZERO:
-                    self._zero_map.set_zero(extent.offset, extent.length)
+                    self._zero_map.set_zero(extent.offset, extent.length, epoch)
                 at = extent.end
 
 
@@ -195,6 +235,16 @@ def _append(steps: list[Step], step: Step) -> None:
         steps[-1] = type(step)(last.offset, last.length + step.length)
     else:
         steps.append(step)
+
+
+def _joined(steps: list[Step]) -> list[Step]:
+    """The steps with short zeroes as data, where they are between data: what was read holds them, too."""
+    joined = steps[:1]
+    for step in steps[1:-1]:
+        is_short = isinstance(step, Zero) and step.length < _SHORT_ZERO and isinstance(joined[-1], Copy)
+        _append(joined, Copy(step.offset, step.length) if is_short else step)
+    _append(joined, steps[-1])
+    return joined
 
 
 def _data_runs(buffer: bytearray, start: int, length: int, grain: int) -> list[tuple[int, int, bool]]:

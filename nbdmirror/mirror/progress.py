@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Progress:
-    """Counters in bytes: settled; read from the source; sent as data; zeroed on the target; zero there already, so not sent."""
+    """Counters in bytes: settled; read from the source; sent as data; zeroed on the target; zero there already, so not sent;
+    read to complete blocks of the target that the guest wrote in part."""
 
     offset: int = 0
     read: int = 0
     sent: int = 0
     zeroed: int = 0
     skipped: int = 0
+    filled: int = 0
 
     def statistics(self) -> dict[str, int]:
         """The counters by the names that QMP clients see."""
@@ -27,6 +29,7 @@ class Progress:
             "x-bytes-sent": self.sent,
             "x-bytes-zeroed": self.zeroed,
             "x-bytes-skipped": self.skipped,
+            "x-bytes-filled": self.filled,
         }
 
     def total(self, remaining: int) -> int:

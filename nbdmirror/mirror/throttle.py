@@ -1,7 +1,8 @@
 """Throttle: a token bucket for the rate limit; time is an argument.
 
 Rules:
-1. A request is charged before it is sent: `delay` says how long to wait first, so nothing bursts past the limit.
+1. A request waits until those before it are paid, and is charged when it is sent: nothing bursts past the limit, and nothing is
+   held for a request that waits.
 2. At most BURST_SECONDS of rate is saved up while nothing is sent.
 3. A limit of 0 is none.
 """
@@ -20,13 +21,14 @@ class Throttle:
         self.speed = speed
         self._free_at = 0.0
 
-    def delay(self, length: int, now: float) -> float:
-        """Charge `length` bytes at time `now`; returns the seconds to wait before they may be sent."""
-        if not self.speed:
-            return 0.0
-        start = max(self._free_at, now - BURST_SECONDS)
-        self._free_at = start + length / self.speed
-        return max(0.0, start - now)
+    def delay(self, now: float) -> float:
+        """Seconds to wait at time `now` before anything may be sent."""
+        return max(0.0, self._free_at - now) if self.speed else 0.0
+
+    def charge(self, length: int, now: float) -> None:
+        """`length` bytes are sent at time `now`."""
+        if self.speed:
+            self._free_at = max(self._free_at, now - BURST_SECONDS) + length / self.speed
 
     def set_speed(self, speed: int, now: float) -> None:
         """Change the limit; what was charged at the old one is forgotten."""

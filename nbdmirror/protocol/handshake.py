@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 Q = TypeVar("Q", ExportQuery, ListQuery, MetaContextQuery, StartTls)
 
 _OPTION_HEAD: Final = struct.Struct(">QII")
-_MAX_OPTIONS: Final = 4096
+# How many options a client may send, and how many more for each export that it may ask about. nbdkit's numbers.
+_OPTIONS: Final = 32
+_OPTIONS_PER_EXPORT: Final = 32
 # Option data that is looked at: INFO with 65535 requests and a full name fits, and so does the receiver's window.
 _MAX_DATA: Final = WINDOW_MAX - _OPTION_HEAD.size
 _MAX_QUERIES: Final = 1024
@@ -104,9 +106,9 @@ def decode_string(raw: bytes) -> str:
 
 
 class Handshake:
-    """One connection's haggling: `events` parses, the answering methods fill `out`."""
+    """One connection's haggling: `next_event` parses, the answering methods fill `out`."""
 
-    def __init__(self, receiver: Receiver, tls: TlsMode = TlsMode.OFF) -> None:
+    def __init__(self, receiver: Receiver, tls: TlsMode = TlsMode.OFF, exports: int = 1) -> None:
         self.out: list[bytes | bytearray | memoryview] = [
             struct.pack(">QQH", c.NBDMAGIC, c.IHAVEOPT, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
         ]
@@ -120,6 +122,7 @@ class Handshake:
         self._structured = False
         self._extended = False
         self._options_seen = 0
+        self._most_options = _OPTIONS + _OPTIONS_PER_EXPORT * exports
         self._selected_for = ""
         self._contexts: dict[int, str] = {}
         self._question: ExportQuery | ListQuery | MetaContextQuery | StartTls | None = None
@@ -188,8 +191,8 @@ class Handshake:
             data = bytes(receiver.view(length, skip=_OPTION_HEAD.size))
             receiver.consume(_OPTION_HEAD.size + length)
         self._options_seen += 1
-        if self._options_seen > _MAX_OPTIONS:
-            raise ProtocolError(f"the client sent more than {_MAX_OPTIONS} options")
+        if self._options_seen > self._most_options:
+            raise ProtocolError(f"the client sent more than {self._most_options} options")
         return option, data
 
     def _dispatch(self, option: int, data: bytes | None) -> HandshakeEvent | None:

@@ -2,8 +2,8 @@
 
 Rules:
 1. Everything here is immutable and knows how to print itself for a log line.
-2. `Request` is a NamedTuple, not a dataclass: one is made per command, and a tuple is built three times as fast as a frozen
-   dataclass with slots (0.3 against 0.9 us).
+2. `Request` is a NamedTuple, not a dataclass: one is made per command, and a tuple is built many times as fast as a frozen
+   dataclass with slots (0.08 us by `tuple.__new__`, 0.16 us by its own, against 0.9 us).
 3. A request's payload up to `receiver.IN_WINDOW` bytes lies in the connection's own window, and is overwritten by
    the next bytes that arrive: who answers later than at once must call `detached()` first.
 """
@@ -120,14 +120,15 @@ class Done:
     """The request succeeded and has no data to return."""
 
 
+# The only one: "is it DONE" is all that the hot path asks.
 DONE: Final = Done()
 
 
 class ReadReply(NamedTuple):
-    """The content of a READ: `data` whole, or, where the reply is structured, the `runs` (start, end, is zero) of it."""
+    """The content of a READ, cut into `runs` (start, end, is zero). The reply has chunks."""
 
     data: bytearray
-    runs: Sequence[tuple[int, int, bool]] | None = None
+    runs: Sequence[tuple[int, int, bool]]
 
 
 class StatusReply(NamedTuple):
@@ -143,7 +144,8 @@ class Refusal(NamedTuple):
     message: str = ""
 
 
-Answer = Done | ReadReply | StatusReply | Refusal
+# A bytearray is the content of a READ, whole.
+Answer = bytearray | Done | ReadReply | StatusReply | Refusal
 
 
 def option_reply(option: int, reply: int, data: bytes = b"") -> bytes:

@@ -13,7 +13,10 @@ Rules:
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WINDOW_START: Final = 4 * 1024
 WINDOW_MAX: Final = 256 * 1024
@@ -24,15 +27,31 @@ WINDOW_AFTER_BIG: Final = 4 * 1024
 
 
 class Receiver:
-    """The received, not yet parsed bytes of one connection: `window[start:end]`."""
+    """The received, not yet parsed bytes of one connection: `window[start:end]`; `window_view` is a view of it all.
 
-    __slots__ = ("_after_big", "_filled", "_grow", "_payload", "_read_ahead", "_skip", "_view", "end", "start", "window")
+    `take_buffer` makes the buffers of big payloads: of a given length, and of any content, since all of it is overwritten.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_after_big",
+        "_filled",
+        "_grow",
+        "_payload",
+        "_read_ahead",
+        "_skip",
+        "_take_buffer",
+        "end",
+        "start",
+        "window",
+        "window_view",
+    )
+
+    def __init__(self, take_buffer: Callable[[int], bytearray] = bytearray) -> None:
+        self._take_buffer = take_buffer
         self.window = bytearray(WINDOW_START)
         self.start = 0
         self.end = 0
-        self._view = memoryview(self.window)
+        self.window_view = memoryview(self.window)
         self._payload: memoryview | None = None
         self._filled = 0
         self._skip = 0
@@ -55,7 +74,7 @@ class Receiver:
             self.start = self.end = 0
         elif len(self.window) - self.end < len(self.window) // 2:
             self._compact()
-        return self._view[self.end : self.end + self._read_ahead]
+        return self.window_view[self.end : self.end + self._read_ahead]
 
     def buffer_updated(self, count: int) -> None:
         """`count` bytes have arrived where `get_buffer` said."""
@@ -76,7 +95,7 @@ class Receiver:
 
     def view(self, length: int, skip: int = 0) -> memoryview:
         """The next `length` bytes behind `skip` others, which must be in the window; they are consumed by `consume`."""
-        return self._view[self.start + skip : self.start + skip + length]
+        return self.window_view[self.start + skip : self.start + skip + length]
 
     def consume(self, length: int) -> None:
         """Drop `length` bytes that are in the window."""
@@ -103,7 +122,7 @@ class Receiver:
 
     def begin_payload(self, length: int) -> None:
         """Receive the next `length` bytes into a buffer of their own; what is in the window already moves over."""
-        self._payload = memoryview(bytearray(length))
+        self._payload = memoryview(self._take_buffer(length))
         self._filled = min(length, self.available)
         self._payload[: self._filled] = self.view(self._filled)
         self.start += self._filled
@@ -120,13 +139,13 @@ class Receiver:
 
     def _compact(self) -> None:
         held = self.available
-        self.window[:held] = self.window[self.start : self.end]
+        self.window_view[:held] = self.window_view[self.start : self.end]
         self.start, self.end = 0, held
 
     def _enlarge(self, size: int) -> None:
         """A new window: views into the old one keep the old one alive."""
         held = self.available
         window = bytearray(size)
-        window[:held] = self._view[self.start : self.end]
-        self.window, self._view = window, memoryview(window)
+        window[:held] = self.window_view[self.start : self.end]
+        self.window, self.window_view = window, memoryview(window)
         self.start, self.end, self._grow = 0, held, 0

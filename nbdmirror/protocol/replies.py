@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from nbdmirror.extents import ExtentList
     from nbdmirror.protocol.messages import Answer, Opened, ReadReply, Refusal, Request, StatusReply
 
-_SIMPLE: Final = struct.Struct(">IIQ")
 _CHUNK: Final = struct.Struct(">IHHQI")
-_DATA_CHUNK: Final = struct.Struct(">IHHQIQ")
 _HOLE_CHUNK: Final = struct.Struct(">IHHQIQI")
 _EXT_CHUNK: Final = struct.Struct(">IHHQQQ")
 _EXT_DATA_CHUNK: Final = struct.Struct(">IHHQQQQ")
 _EXT_HOLE_CHUNK: Final = struct.Struct(">IHHQQQQI")
+# The two that are packed for every request of the hot path, without the look-up of their method.
+_simple: Final = struct.Struct(">IIQ").pack
+_data_chunk: Final = struct.Struct(">IHHQIQ").pack
 
 
 class Replies:
@@ -41,10 +42,12 @@ class Replies:
 
     def reply(self, request: Request, answer: Answer) -> None:
         """Queue the answer to a request."""
-        if type(answer) is m.ReadReply:
+        if type(answer) is bytearray:
+            self.content(request, answer)
+        elif answer is m.DONE:
+            self.done(request)
+        elif type(answer) is m.ReadReply:
             self._read(request, answer)
-        elif type(answer) is m.Done:
-            self._done(request)
         elif type(answer) is m.StatusReply:
             self._status(request, answer)
         elif type(answer) is m.Refusal:
@@ -52,10 +55,15 @@ class Replies:
         else:
             raise AssertionError(f"{answer!r} answers nothing")
 
-    def _read(self, request: Request, answer: ReadReply) -> None:
+    def content(self, request: Request, data: bytearray) -> None:
+        """Queue the content of a READ, whole."""
         raise NotImplementedError
 
-    def _done(self, request: Request) -> None:
+    def done(self, request: Request) -> None:
+        """Queue the answer that a request has succeeded."""
+        raise NotImplementedError
+
+    def _read(self, request: Request, answer: ReadReply) -> None:
         raise NotImplementedError
 
     def _status(self, request: Request, answer: StatusReply) -> None:
@@ -68,17 +76,22 @@ class Replies:
 class SimpleReplies(Replies):
     """16 bytes, and the data of a READ: nothing was negotiated."""
 
-    def _read(self, request: Request, answer: ReadReply) -> None:
-        self.out += (_SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, 0, request.cookie), answer.data)
+    def content(self, request: Request, data: bytearray) -> None:
+        """See Replies."""
+        self.out += (_simple(c.SIMPLE_REPLY_MAGIC, 0, request.cookie), data)
 
-    def _done(self, request: Request) -> None:
-        self.out.append(_SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, 0, request.cookie))
+    def done(self, request: Request) -> None:
+        """See Replies."""
+        self.out.append(_simple(c.SIMPLE_REPLY_MAGIC, 0, request.cookie))
+
+    def _read(self, request: Request, answer: ReadReply) -> None:
+        self.content(request, answer.data)
 
     def _status(self, request: Request, answer: StatusReply) -> None:
         raise AssertionError(f"{answer!r} for {request!r}: block status needs chunks")
 
     def _refuse(self, request: Request, answer: Refusal) -> None:
-        self.out.append(_SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, answer.error, request.cookie))
+        self.out.append(_simple(c.SIMPLE_REPLY_MAGIC, answer.error, request.cookie))
 
 
 class _ChunkReplies(Replies):
@@ -103,12 +116,8 @@ class _ChunkReplies(Replies):
     _status_kind: int
 
     def _read(self, request: Request, answer: ReadReply) -> None:
-        runs = answer.runs
-        if runs is None:
-            self.out += (self._data(request, c.REPLY_FLAG_DONE, 0, request.length), answer.data)
-            return
         view = memoryview(answer.data)
-        for start, end, zero in runs:
+        for start, end, zero in answer.runs:
             flags = c.REPLY_FLAG_DONE if end == request.length else 0
             if zero:
                 self.out.append(self._hole(request, flags, start, end - start))
@@ -136,16 +145,23 @@ class StructuredReplies(_ChunkReplies):
     def _head(self, request: Request, flags: int, kind: int, length: int) -> bytes:
         return _CHUNK.pack(c.STRUCTURED_REPLY_MAGIC, flags, kind, request.cookie, length)
 
+    def content(self, request: Request, data: bytearray) -> None:
+        """See Replies."""
+        _, _, cookie, offset, length, _ = request
+        magic, kind = c.STRUCTURED_REPLY_MAGIC, c.REPLY_OFFSET_DATA
+        self.out += (_data_chunk(magic, c.REPLY_FLAG_DONE, kind, cookie, length + 8, offset), data)
+
     def _data(self, request: Request, flags: int, start: int, length: int) -> bytes:
         magic, kind = c.STRUCTURED_REPLY_MAGIC, c.REPLY_OFFSET_DATA
-        return _DATA_CHUNK.pack(magic, flags, kind, request.cookie, length + 8, request.offset + start)
+        return _data_chunk(magic, flags, kind, request.cookie, length + 8, request.offset + start)
 
     def _hole(self, request: Request, flags: int, start: int, length: int) -> bytes:
         magic, kind = c.STRUCTURED_REPLY_MAGIC, c.REPLY_OFFSET_HOLE
         return _HOLE_CHUNK.pack(magic, flags, kind, request.cookie, 12, request.offset + start, length)
 
-    def _done(self, request: Request) -> None:
-        self.out.append(_SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, 0, request.cookie))
+    def done(self, request: Request) -> None:
+        """See Replies."""
+        self.out.append(_simple(c.SIMPLE_REPLY_MAGIC, 0, request.cookie))
 
     def _extents(self, context_id: int, extents: ExtentList) -> bytes:
         words = [context_id]
@@ -162,6 +178,10 @@ class ExtendedReplies(_ChunkReplies):
     def _head(self, request: Request, flags: int, kind: int, length: int) -> bytes:
         return _EXT_CHUNK.pack(c.EXTENDED_REPLY_MAGIC, flags, kind, request.cookie, request.offset, length)
 
+    def content(self, request: Request, data: bytearray) -> None:
+        """See Replies."""
+        self.out += (self._data(request, c.REPLY_FLAG_DONE, 0, request.length), data)
+
     def _data(self, request: Request, flags: int, start: int, length: int) -> bytes:
         magic, kind, offset = c.EXTENDED_REPLY_MAGIC, c.REPLY_OFFSET_DATA, request.offset
         return _EXT_DATA_CHUNK.pack(magic, flags, kind, request.cookie, offset, length + 8, offset + start)
@@ -170,7 +190,8 @@ class ExtendedReplies(_ChunkReplies):
         magic, kind, offset = c.EXTENDED_REPLY_MAGIC, c.REPLY_OFFSET_HOLE, request.offset
         return _EXT_HOLE_CHUNK.pack(magic, flags, kind, request.cookie, offset, 12, offset + start, length)
 
-    def _done(self, request: Request) -> None:
+    def done(self, request: Request) -> None:
+        """See Replies."""
         self.out.append(self._head(request, c.REPLY_FLAG_DONE, c.REPLY_NONE, 0))
 
     def _extents(self, context_id: int, extents: ExtentList) -> bytes:

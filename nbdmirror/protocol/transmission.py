@@ -12,6 +12,8 @@ Rules:
    text wants the flag on a WRITE, too, but QEMU's client (10.0) sends the payload without it. A payload on any other command
    is consumed before the request is refused, and one over the limit ends the connection, as the text wants it here. The flag
    is taken off a WRITE, so that whoever serves requests never knows how they were framed.
+4. A payload of more than `large_payload` bytes gets its buffer only when the owner says that there is room: until then
+   `next_request` returns None, and `awaits_room` is its length.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 _REQUEST: Final = struct.Struct(">IHHQQI")
 _EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
+# A global is read faster than a global's attribute, and a tuple's own constructor is twice as fast as a NamedTuple's.
+_WRITE: Final = c.CMD_WRITE
+_new: Final = tuple.__new__
 # A WRITE this much over the limit is no honest mistake: do not wait for all of it.
 _MAX_SKIP: Final = 128 * 1024 * 1024
 
@@ -66,7 +71,7 @@ _WRITES: Final = frozenset((c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES))
 class Transmission:
     """One connection's requests after haggling ended with `opened`."""
 
-    def __init__(self, receiver: Receiver, opened: Opened) -> None:
+    def __init__(self, receiver: Receiver, opened: Opened, large_payload: int = c.MAX_PAYLOAD) -> None:
         self.structured = opened.structured
         framing = _EXTENDED_REQUEST if opened.extended else _REQUEST
         self._unpack = framing.unpack_from
@@ -77,28 +82,48 @@ class Transmission:
         self._limit = opened.info.maximum_payload
         self._awaiting: tuple[int, int, int, int] | None = None
         self._skipped: Request | None = None
+        self._is_between = True  # no payload is awaited, whether to be kept or to be skipped
+        self._large_payload = large_payload
+        self._has_room = False
+        self.awaits_room = 0
+
+    @property
+    def unfinished(self) -> Request | None:
+        """The WRITE whose payload has come only in part. A short one is not known before it is whole."""
+        return None if self._awaiting is None else m.Request(c.CMD_WRITE, *self._awaiting)
 
     def next_request(self) -> Request | None:
         """The next whole request in what has been received, else None."""
-        receiver = self._receiver
-        if self._awaiting is not None:
-            return self._finish_payload()
-        if receiver.is_skipping:
+        if not self._is_between:
+            return self._after_payload()
+        receiver, head = self._receiver, self._head
+        start = receiver.start
+        if receiver.end - start < head:
+            receiver.need(head)
             return None
-        if self._skipped is not None:
-            skipped, self._skipped = self._skipped, None
-            return skipped
-        if not receiver.need(self._head):
-            return None
-        magic, flags, command, cookie, offset, length = self._unpack(receiver.window, receiver.start)
+        magic, flags, command, cookie, offset, length = self._unpack(receiver.window, start)
         if magic != self._magic:
             raise ProtocolError(f"the client sent {magic:#x} where a request should begin")
-        if command != c.CMD_WRITE and not flags & self._payload_flag:
-            receiver.start += self._head
-            return m.Request(command, flags, cookie, offset, length)
+        if command != _WRITE and not flags & self._payload_flag:
+            receiver.start = start + head
+            return _new(m.Request, (command, flags, cookie, offset, length, None))
         if self._payload_flag:
             return self._extended_request(m.Request(command, flags, cookie, offset, length))
         return self._write_request(flags, cookie, offset, length)
+
+    def admit_payload(self) -> None:
+        """Rule 4: the payload that awaits room may come."""
+        self._has_room, self.awaits_room = True, 0
+
+    def _after_payload(self) -> Request | None:
+        """The request whose payload was awaited, once it has come."""
+        if self._awaiting is not None:
+            return self._finish_payload()
+        if self._receiver.is_skipping:
+            return None
+        skipped, self._skipped = self._skipped, None
+        self._is_between = True
+        return skipped
 
     def _extended_request(self, request: Request) -> Request | None:
         """A WRITE, or a command with a payload (rule 3)."""
@@ -117,7 +142,8 @@ class Transmission:
         self._receiver.consume(self._head)
         self._receiver.skip(request.length)
         self._skipped = request
-        return self.next_request()
+        self._is_between = False
+        return self._after_payload()
 
     def _write_request(self, flags: int, cookie: int, offset: int, length: int) -> Request | None:
         receiver = self._receiver
@@ -126,14 +152,21 @@ class Transmission:
                 raise ProtocolError(f"the client announced a write of {length} bytes; the limit is {self._limit}")
             return self._skip_payload(m.Request(c.CMD_WRITE, flags, cookie, offset, length))
         if length <= IN_WINDOW:
-            if not receiver.need(self._head + length):
+            begin = receiver.start + self._head
+            end = begin + length
+            if receiver.end < end:
+                receiver.need(self._head + length)
                 return None
-            payload = receiver.view(length, skip=self._head)
-            receiver.start += self._head + length
-            return m.Request(c.CMD_WRITE, flags, cookie, offset, length, payload)
+            receiver.start = end
+            return _new(m.Request, (_WRITE, flags, cookie, offset, length, receiver.window_view[begin:end]))
+        if length > self._large_payload and not self._has_room:
+            self.awaits_room = length
+            return None
+        self._has_room = False
         receiver.consume(self._head)
         receiver.begin_payload(length)
         self._awaiting = (flags, cookie, offset, length)
+        self._is_between = False
         return self._finish_payload()
 
     def _finish_payload(self) -> Request | None:
@@ -141,6 +174,7 @@ class Transmission:
         if payload is None or self._awaiting is None:
             return None
         (flags, cookie, offset, length), self._awaiting = self._awaiting, None
+        self._is_between = True
         return m.Request(c.CMD_WRITE, flags, cookie, offset, length, payload)
 
 

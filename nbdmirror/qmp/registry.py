@@ -31,15 +31,19 @@ AnyHandler = TypeVar("AnyHandler", bound=Callable[..., Any])
 
 
 class Signature:
-    """A handler and what it takes. `members` is empty for one that takes the whole object, whose type is `whole`."""
+    """A handler and what it takes. `members` is empty for one that takes the whole object, whose type is `whole`.
 
-    __slots__ = ("handler", "members", "whole")
+    `returns` is the type of its result, `Any` where it does not say.
+    """
+
+    __slots__ = ("handler", "members", "returns", "whole")
 
     def __init__(self, handler: Callable[..., Any]) -> None:
         self.handler: Final = handler
         self.whole: Any = None
         parameters = inspect.signature(handler).parameters.values()
         hints = get_type_hints(_function(handler), include_extras=True)
+        self.returns: Any = hints.get("return", Any)
         members = []
         for parameter in parameters:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

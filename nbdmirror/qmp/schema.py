@@ -6,7 +6,7 @@
     list[T], tuple[T, ...]      an array of T
     dict[str, Any]              any object; `Any` and `object` are any value
     a dataclass                 an object with these members; those with a default are optional
-    A | B of dataclasses        a union: the member that is a Literal of one value in each of them tells which
+    A | B of dataclasses        a union: the member that is a Literal of one value, another in each of them, tells which
     str | A, str | A | B        an alternate: the JSON type tells which; name it with `Annotated[..., Named("...")]`
     T | None                    T, where the member is optional: JSON's null is a value of its own and is refused
 
@@ -177,17 +177,13 @@ def _union(choices: tuple[Any, ...], name: str) -> Check:
 
 
 def _tagged(structs: tuple[type, ...]) -> Check:
-    """A union of structs, told apart by the one member that is a Literal of one value in all of them."""
+    """A union of structs, told apart by the one member that is a Literal of one value, another in each of them."""
 
     @functools.cache
     def variants() -> tuple[str, dict[str, Check]]:
         # Late, as in members_of: a variant may hold the union itself.
-        tags = [{m.name: get_args(m.annotation)[0] for m in members_of(s) if _is_tag(m)} for s in structs]
-        common = set.intersection(*(set(tag) for tag in tags))
-        if len(common) != 1:
-            raise TypeError(f"nothing tells these apart: {[struct.__name__ for struct in structs]}")
-        name = common.pop()
-        return name, {tag[name]: checker(struct) for tag, struct in zip(tags, structs, strict=True)}
+        name, by_tag = variants_of(structs)
+        return name, {tag: checker(struct) for tag, struct in by_tag.items()}
 
     def check(value: object, place: Place) -> object:
         members = _object(value, place)
@@ -199,6 +195,16 @@ def _tagged(structs: tuple[type, ...]) -> Check:
         return by_tag[tag](value, place) if tag in by_tag else where.wrong_value(tag)
 
     return check
+
+
+def variants_of(structs: tuple[type, ...]) -> tuple[str, dict[str, type]]:
+    """The member that tells structs of a union apart, and each struct by its value there; raises TypeError."""
+    tags = [{m.name: get_args(m.annotation)[0] for m in members_of(s) if _is_tag(m)} for s in structs]
+    common = set.intersection(*(set(tag) for tag in tags))
+    telling = [name for name in common if len({tag[name] for tag in tags}) == len(structs)]
+    if len(telling) != 1:
+        raise TypeError(f"nothing tells these apart: {[struct.__name__ for struct in structs]}")
+    return telling[0], {tag[telling[0]]: struct for tag, struct in zip(tags, structs, strict=True)}
 
 
 def _is_tag(member: Member) -> bool:

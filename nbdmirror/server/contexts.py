@@ -36,9 +36,10 @@ _FIRST_LOOK: Final = MiB
 _LONGER_LOOK: Final = 64
 
 
-def context_names(bitmaps: Mapping[str, DirtyBitmap]) -> tuple[str, ...]:
+def context_names(bitmaps: Mapping[str, DirtyBitmap], *, allocation_depth: bool = True) -> tuple[str, ...]:
     """The names of an export's meta contexts."""
-    return (c.BASE_ALLOCATION, c.ALLOCATION_DEPTH, *(c.DIRTY_BITMAP + name for name in bitmaps))
+    depth = (c.ALLOCATION_DEPTH,) if allocation_depth else ()
+    return (c.BASE_ALLOCATION, *depth, *(c.DIRTY_BITMAP + name for name in bitmaps))
 
 
 async def block_status(

@@ -2,6 +2,7 @@
 
 Rules:
 1. `serve_now` answers what cannot block, at once and without a task; None means "use `serve`". Nothing has happened then.
+   What is large is never answered at once.
 2. Every request is judged once, by `refusal_of`; after that nobody looks at ranges or flags again.
 3. `DeviceError.errno` becomes an NBD error here and nowhere else.
 4. What reads as zeroes is sent as hole chunks where the client takes chunks, whether or not the disk calls it a hole.
@@ -20,23 +21,24 @@ from nbdmirror.extents import is_zero, zero_runs
 from nbdmirror.protocol import constants as c
 from nbdmirror.protocol.messages import DONE, Answer, ExportInfo, Opened, ReadReply, Refusal, Request
 from nbdmirror.protocol.transmission import refusal_of
+from nbdmirror.server.budget import LARGE
+from nbdmirror.server.buffers import ReadBuffers
 from nbdmirror.server.contexts import block_status, context_names
 from nbdmirror.server.tally import Tally
-from nbdmirror.units import KiB, MiB
+from nbdmirror.units import KiB
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from nbdmirror.bitmap.dirty import DirtyBitmap
     from nbdmirror.devices.base import BlockDevice, Capabilities
+    from nbdmirror.server.buffers import BufferPool
+    from nbdmirror.server.session import Session
 
 _log: Final = logging.getLogger(__name__)
 
 # Up to this a read is looked at whole for zeroes, above it in grains of this size: 0.1 us each.
 _ZERO_GRAIN: Final = 64 * KiB
-# The most that is read without leaving the loop; a device may have a lower bound of its own.
-_READ_NOW_MAX: Final = MiB
-_SPARE_BYTES: Final = 2 * MiB
 
 _WIRE_ERRORS: Final = {
     errno.EPERM: c.EPERM,
@@ -62,7 +64,7 @@ class Export:
     """A disk offered under a name.
 
     `bitmaps` are the dirty bitmaps of the same disk that clients may look at, by name. It is looked at whenever a client
-    asks: what the owner puts in or takes out later counts, too.
+    asks: what the owner puts in or takes out later counts, too. `sessions` are the clients that have opened it.
     """
 
     def __init__(
@@ -73,13 +75,19 @@ class Export:
         description: str = "",
         read_only: bool = False,
         bitmaps: Mapping[str, DirtyBitmap] | None = None,
+        multi_conn: bool = True,
+        allocation_depth: bool = True,
+        writethrough: bool = False,
     ) -> None:
         self.name = name
         self.bitmaps = {} if bitmaps is None else bitmaps
         self.device = device
         self.description = description
         self.read_only = read_only or device.capabilities.read_only
-        self.clients = 0
+        self.multi_conn = multi_conn
+        self.allocation_depth = allocation_depth
+        self.writethrough = writethrough
+        self.sessions: set[Session] = set()
         self.tally = Tally()
 
     def info(self) -> ExportInfo:
@@ -88,22 +96,23 @@ class Export:
         return ExportInfo(
             name=self.name,
             size=self.device.size,
-            flags=_transmission_flags(self.device.capabilities, read_only=self.read_only),
+            flags=_transmission_flags(self.device.capabilities, read_only=self.read_only, multi_conn=self.multi_conn),
             description=self.description,
             minimum_block=limits.minimum,
             preferred_block=max(limits.preferred, limits.minimum, 512),
             maximum_payload=c.MAX_PAYLOAD,
-            contexts=context_names(self.bitmaps),
+            contexts=context_names(self.bitmaps, allocation_depth=self.allocation_depth),
         )
 
     def __repr__(self) -> str:
         return f"<Export {self.name!r} {self.device!r}{' read-only' if self.read_only else ''}>"
 
 
-def _transmission_flags(capabilities: Capabilities, *, read_only: bool) -> int:
+def _transmission_flags(capabilities: Capabilities, *, read_only: bool, multi_conn: bool) -> int:
     """Section "Transmission flags"."""
-    flags = c.TFLAG_HAS_FLAGS | c.TFLAG_SEND_FLUSH | c.TFLAG_SEND_FUA | c.TFLAG_SEND_DF
-    flags |= c.TFLAG_CAN_MULTI_CONN | c.TFLAG_SEND_CACHE
+    flags = c.TFLAG_HAS_FLAGS | c.TFLAG_SEND_FLUSH | c.TFLAG_SEND_FUA | c.TFLAG_SEND_DF | c.TFLAG_SEND_CACHE
+    if multi_conn:
+        flags |= c.TFLAG_CAN_MULTI_CONN
     if capabilities.rotational:
         flags |= c.TFLAG_ROTATIONAL
     if read_only:
@@ -111,95 +120,74 @@ def _transmission_flags(capabilities: Capabilities, *, read_only: bool) -> int:
     return flags | c.TFLAG_SEND_TRIM | c.TFLAG_SEND_WRITE_ZEROES | c.TFLAG_SEND_FAST_ZERO
 
 
-class ReadBuffers:
-    """The buffers of one client's reads, used again once they have been sent.
-
-    They need no zeroing then and are still in the processor's cache: twice the rate at 64 KiB, 1.5 times at 1 MiB. All that
-    are kept have one length, that of the last read; together they are at most _SPARE_BYTES.
-    """
-
-    __slots__ = ("_length", "_lent", "_spare", "_waiting")
-
-    def __init__(self) -> None:
-        self._length = 0
-        self._spare: list[bytearray] = []
-        self._lent: list[bytearray] = []
-        self._waiting: list[bytearray] = []
-
-    def take(self, length: int) -> bytearray:
-        """A buffer of `length` bytes, of any content."""
-        if length != self._length:
-            self._length = length
-            self._spare.clear()
-        buffer = self._spare.pop() if self._spare else bytearray(length)
-        self._lent.append(buffer)
-        return buffer
-
-    def handed_over(self) -> None:
-        """What was taken is on its way, but still being read from."""
-        self._waiting += self._lent
-        self._lent.clear()
-
-    def let_go(self) -> None:
-        """What was taken will be read from for an unknown time: it is not used again."""
-        self._lent.clear()
-
-    def all_sent(self) -> None:
-        """Nothing that was handed over is being read from any more."""
-        room = _SPARE_BYTES // (self._length or 1) - len(self._spare)
-        if room > 0 and self._waiting:
-            self._spare += [buffer for buffer in self._waiting if len(buffer) == self._length][:room]
-        self._waiting.clear()
-
-
 class OpenExport:
     """An export as one client has opened it: with the size and flags it was told and the meta contexts it was granted."""
 
-    def __init__(self, export: Export, opened: Opened) -> None:
+    def __init__(self, export: Export, opened: Opened, pool: BufferPool) -> None:
         self.export = export
+        info = opened.info
         self._device = export.device
-        self._info = opened.info
+        self._info = info
         self._structured = opened.structured
         self._contexts = opened.contexts
-        self.buffers = ReadBuffers()
+        self.buffers = ReadBuffers(pool)
+        # What `serve_now` takes for sound without asking `refusal_of`, as numbers.
+        self._last_plain = c.CMD_READ if info.is_read_only or export.writethrough else c.CMD_WRITE
+        self._size = info.size
+        self._most = min(info.maximum_payload, LARGE)
+        self._unaligned = info.minimum_block - 1
+        # What every write has besides what the client asked for; one with a flag is never answered at once.
+        self._write_flags = c.FUA if export.writethrough else 0
 
     def serve_now(self, request: Request) -> Answer | None:
-        """The answer, if it can be given without blocking."""
-        refusal = refusal_of(request, self._info, structured=self._structured)
-        if refusal is not None:
-            return refusal
+        """The answer, if it can be given without blocking.
+
+        A plain READ or WRITE of a sound range is judged by one expression: all that it lets pass, `refusal_of` would, too.
+        """
+        command, flags, _, offset, length, payload = request
+        if (
+            flags
+            or command > self._last_plain
+            or not 0 < length <= self._most
+            or offset + length > self._size
+            or (offset | length) & self._unaligned
+        ):
+            return refusal_of(request, self._info, structured=self._structured) or self._serve_rare_now(request)
         try:
-            if request.command == c.CMD_READ:
-                return self._read_now(request)
-            if request.command == c.CMD_WRITE and not request.flags and request.payload is not None:
-                return DONE if self._device.pwrite_now(request.payload, request.offset) else None
+            if payload is not None:
+                return DONE if self._device.pwrite_now(payload, offset) else None
+            data = self.buffers.take(length)
+            if not self._device.pread_now(data, offset):
+                return None
         except DeviceError as error:
             return refusal_from(error)
-        return None
+        # A first byte that is set rules out a small read of zeroes for the price of an index.
+        return data if data[0] and length <= _ZERO_GRAIN else self._read_reply(request, data)
 
-    def _read_now(self, request: Request) -> ReadReply | None:
-        length = request.length
-        if length > _READ_NOW_MAX:
+    def _serve_rare_now(self, request: Request) -> Answer | None:
+        """Reads with flags, which change little, and those that end with the disk in the middle of a block."""
+        if request.command != c.CMD_READ or request.length > LARGE:
             return None
-        data = self.buffers.take(length)
-        if not self._device.pread_now(data, request.offset):
-            return None
-        if not self._takes_chunks(request) or (data[0] and length <= _ZERO_GRAIN):
-            # A first byte that is set rules out a small read of zeroes for the price of an index.
-            return ReadReply(data)
-        return ReadReply(data, self._runs(data))
+        data = self.buffers.take(request.length)
+        try:
+            return self._read_reply(request, data) if self._device.pread_now(data, request.offset) else None
+        except DeviceError as error:
+            return refusal_from(error)
 
-    def _takes_chunks(self, request: Request) -> bool:
-        return self._structured and not request.flags & c.DF
+    def abandon(self, request: Request) -> None:
+        """The client has gone in the middle of a WRITE: nothing of it is on the disk, but its range is marked."""
+        if refusal_of(request, self._info, structured=self._structured) is None:
+            self._device.abandoned(request.offset, request.length)
 
-    @staticmethod
-    def _runs(data: bytearray) -> Sequence[tuple[int, int, bool]] | None:
-        """Where the data is zero, or None where it is not worth telling."""
+    def _read_reply(self, request: Request, data: bytearray) -> Answer:
+        """The data whole or, where the client takes chunks and it is worth telling, with its zeroes as holes."""
+        if not self._structured or request.flags & c.DF:
+            return data
         length = len(data)
         if length <= _ZERO_GRAIN:
-            return ((0, length, True),) if is_zero(data, 0, length) else None
+            return ReadReply(data, ((0, length, True),)) if is_zero(data, 0, length) else data
         runs = zero_runs(data, length, _ZERO_GRAIN)
-        return None if len(runs) == 1 and not runs[0][2] else runs
+        return data if len(runs) == 1 and not runs[0][2] else ReadReply(data, runs)
 
     async def serve(self, request: Request) -> Answer:
         """The answer to a request that `serve_now` passed on."""
@@ -208,7 +196,7 @@ class OpenExport:
                 case c.CMD_READ:
                     data = bytearray(request.length)
                     await self._device.pread(data, request.offset)
-                    return ReadReply(data, self._runs(data) if self._takes_chunks(request) else None)
+                    return self._read_reply(request, data)
                 case c.CMD_BLOCK_STATUS:
                     return await block_status(self._device, self.export.bitmaps, self._contexts, request)
                 case _:
@@ -220,16 +208,17 @@ class OpenExport:
 
     async def _change(self, request: Request) -> None:
         device, offset, length = self._device, request.offset, request.length
+        flags = request.flags | self._write_flags
         match request.command:
             case c.CMD_WRITE:
                 assert request.payload is not None, "a write without payload is refused"
-                await device.pwrite(request.payload, offset, request.flags)
+                await device.pwrite(request.payload, offset, flags)
             case c.CMD_FLUSH:
                 await device.flush()
             case c.CMD_TRIM:
-                await device.trim(offset, length, request.flags)
+                await device.trim(offset, length, flags)
             case c.CMD_WRITE_ZEROES:
-                await device.zero(offset, length, request.flags)
+                await device.zero(offset, length, flags)
             case c.CMD_CACHE:
                 await device.cache(offset, length)
             case _:

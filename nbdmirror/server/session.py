@@ -1,17 +1,14 @@
 """Session: one client's socket joined to the protocol core.
 
 Rules:
-1. Everything that one receive brought is served as one batch and answered by one write. A task is started only for a
-   request that cannot be answered at once; a task per request would cost more than the request.
-2. What is in flight is bounded in count and bytes, and a client that does not read its replies is not read from: whatever
-   it does, it holds a bounded amount of memory.
-3. A request that was accepted is finished, also when the client has gone: a write half done would be worse than one
-   unasked for. Only its reply is dropped.
-4. At the end of the server requests that were accepted are finished; those that come later are refused with ESHUTDOWN and
+1. Requests are the Service's to serve, once an export is open; when it has enough in flight nothing more is read, and a
+   client that does not read its replies is not served.
+2. What the service has queued is sent with one system call where the socket takes it all.
+3. At the end of the server requests that were accepted are finished; those that come later are refused with ESHUTDOWN and
    options with ERR_SHUTDOWN, until the client or `hang_up` ends it.
-5. The peer's faults end its own connection with one log line; a fault of ours does, too, with a traceback. Other clients
+4. The peer's faults end its own connection with one log line; a fault of ours does, too, with a traceback. Other clients
    notice neither.
-6. TLS is the transport's business. From STARTTLS until its handshake has ended nothing is parsed or sent here, and afterwards
+5. TLS is the transport's business. From STARTTLS until its handshake has ended nothing is parsed or sent here, and afterwards
    nothing ever goes straight to the socket.
 """
 
@@ -19,27 +16,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import time
 from typing import TYPE_CHECKING, Final, cast
 
 from nbdmirror.errors import ProtocolError
 from nbdmirror.protocol.connection import ServerConnection
-from nbdmirror.protocol.constants import CMD_DISC, CMD_READ, CMD_WRITE, ESHUTDOWN, OptionReply
-from nbdmirror.protocol.messages import (
-    Disconnected,
-    ExportQuery,
-    ListQuery,
-    MetaContextQuery,
-    Opened,
-    Refusal,
-    Request,
-    StartTls,
-)
-from nbdmirror.protocol.receiver import IN_WINDOW
+from nbdmirror.protocol.constants import OptionReply
+from nbdmirror.protocol.messages import Disconnected, ExportQuery, ListQuery, MetaContextQuery, Opened, StartTls
 from nbdmirror.server.access import EVERYBODY
+from nbdmirror.server.budget import LARGE
 from nbdmirror.server.export import OpenExport
+from nbdmirror.server.sending import send_now
+from nbdmirror.server.service import After, Service
 from nbdmirror.server.tls import NO_TLS, reason_of, start_tls, subject_of
-from nbdmirror.sockets import peer_name, widen_unix_send_buffer
+from nbdmirror.sockets import widen_unix_send_buffer
 from nbdmirror.units import KiB, MiB
 
 if TYPE_CHECKING:
@@ -47,21 +37,14 @@ if TYPE_CHECKING:
 
     from nbdmirror.server.access import Access
     from nbdmirror.server.export import Export
+    from nbdmirror.server.shared import Shared
     from nbdmirror.server.tls import Tls
 
 _log: Final = logging.getLogger(__name__)
 
-# QEMU and nbdkit serve 16 requests of a connection at a time; more only helps a disk that sorts a deep queue.
-MAX_IN_FLIGHT: Final = 64
-# One of the largest requests, or all of the 1 MiB ones.
-MAX_BYTES_IN_FLIGHT: Final = 64 * MiB
 # Unsent replies, in bytes: reading stops above the first and goes on below the second.
 _WRITE_HIGH: Final = MiB
 _WRITE_LOW: Final = 256 * KiB
-# Replies gathered in one batch before they are sent, so a batch of large reads starts to travel early.
-_BATCH_BYTES: Final = 512 * KiB
-_IOV_MAX: Final = 1024
-_TOO_LATE: Final = Refusal(ESHUTDOWN, "the server is shutting down")
 
 
 class Session(asyncio.BufferedProtocol):
@@ -71,23 +54,25 @@ class Session(asyncio.BufferedProtocol):
         self,
         exports: Mapping[str, Export],
         on_closed: Callable[[Session], None],
+        shared: Shared,
         tls: Tls = NO_TLS,
         access: Access = EVERYBODY,
     ) -> None:
         self._exports = exports
         self._on_closed = on_closed
+        self._shared = shared
         self._tls = tls
         self._access = access
-        self._connection = ServerConnection(tls.mode)
+        self._connection = ServerConnection(tls.mode, len(exports), shared.buffers.take, LARGE)
         self._upgrade: asyncio.Task[asyncio.Transport] | None = None
         self._is_encrypted = False
-        self._open: OpenExport | None = None
+        self._service: Service | None = None
         self._transport: asyncio.Transport | None = None
         self._fd = -1
         self._peer = "client"
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._bytes_in_flight = 0
-        self._write_paused = False
+        self._received = 0  # bytes
+        self._handed_over = 0  # bytes, to the transport
+        self.write_paused = False
         self._read_paused = False
         self._closing = False
         self._shutting_down = False
@@ -99,14 +84,12 @@ class Session(asyncio.BufferedProtocol):
         """Greet."""
         self._transport = cast("asyncio.Transport", transport)
         sock = transport.get_extra_info("socket")
-        self._peer = peer_name(transport)
-        if not self._is_admitted(transport):
-            return
+        self._peer = _peer_name(transport)
         self._transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         if sock is not None:
             self._fd = sock.fileno()
             widen_unix_send_buffer(self._fd)
-        self._send()
+        self.send()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Where the transport puts what arrives next."""
@@ -114,8 +97,12 @@ class Session(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Serve what has arrived."""
+        arrived = time.monotonic()
+        self._received += nbytes
         self._connection.buffer_updated(nbytes)
-        self._pump()
+        self.pump()
+        if self._service is not None:
+            self._shared.busy_poll.answered(arrived)
 
     def eof_received(self) -> bool:
         """The client sends no more; it may still read, so what is in flight is answered before closing."""
@@ -130,45 +117,53 @@ class Session(asyncio.BufferedProtocol):
             _log.info("%s: connection lost: %s", self._peer, exc)
         self._transport = None
         self._fd = -1
-        if self._open is not None:
-            self._open.export.clients -= 1
+        self.write_paused = False
+        if self._service is not None:
+            self._service.opened.export.sessions.discard(self)
+            self._service.connection_lost()
         self._closed.set()
         self._on_closed(self)
 
     def pause_writing(self) -> None:
         """The client is slow to read: stop serving it."""
-        self._write_paused = True
+        self.write_paused = True
 
     def resume_writing(self) -> None:
         """The client has caught up."""
-        self._write_paused = False
-        self._send()
-        self._pump()
+        self.write_paused = False
+        self.send()
+        if self._service is not None and not self.write_paused:
+            self._service.all_sent()
+        self.pump()
 
     # --- serving ---------------------------------------------------------------------------------------------------
 
-    def _pump(self) -> None:
+    def pump(self) -> None:
         """Serve what has been received as far as the bounds allow, then send the answers."""
         if self._transport is None or self._closing or self._upgrade is not None:
             return
         try:
-            if self._open is None:
+            if self._service is None:
                 self._haggle()
-            if self._open is not None:
-                self._serve_batch(self._open)
+            if self._service is not None:
+                self._serve(self._service)
         except ProtocolError as error:
             _log.warning("%s: %s; dropped", self._peer, error)
-            self._abort()
+            self.abort()
         except Exception:
             _log.exception("%s: dropped because of a fault in the server", self._peer)
-            self._abort()
+            self.abort()
         else:
-            self._send()
+            self.send()
             self._close_when_done()
 
     def _haggle(self) -> None:
         connection = self._connection
-        while (event := connection.next_event()) is not None:
+        while not self.write_paused:
+            event = connection.next_event()
+            if event is None:
+                self._read_on()
+                return
             match event:
                 case ExportQuery(name=name) | MetaContextQuery(export=name) if name not in self._exports:
                     connection.refuse(OptionReply.ERR_UNKNOWN, f"export '{name}' not present")
@@ -176,12 +171,16 @@ class Session(asyncio.BufferedProtocol):
                     connection.accept(self._exports[name].info())
                 case ListQuery():
                     connection.list_exports([(export.name, export.description) for export in self._exports.values()])
+                    self.send()  # it may be long: it counts as unsent before another is made
                 case MetaContextQuery(export=name):
                     connection.offer_contexts(self._exports[name].info().contexts)
                 case Opened(info=info):
                     export = self._exports[info.name]
-                    export.clients += 1
-                    self._open = OpenExport(export, event)
+                    export.sessions.add(self)
+                    opened = OpenExport(export, event, self._shared.buffers)
+                    self._service = Service(self._connection, opened, self._shared, self)
+                    if self._shutting_down:
+                        self._service.shut_down()
                     return
                 case StartTls():
                     self._begin_tls()
@@ -189,14 +188,22 @@ class Session(asyncio.BufferedProtocol):
                 case Disconnected():
                     self._closing = True
                     return
+        self._read_hold()
 
-    def _is_admitted(self, transport: asyncio.BaseTransport) -> bool:
-        peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple) and not self._access.admits_address(str(peer[0]).partition("%")[0]):
-            _log.warning("%s: its address is not among those allowed; refused", self._peer)
-            self._abort()
-            return False
-        return True
+    def _serve(self, service: Service) -> None:
+        after = service.serve_batch()
+        if after is After.READ_ON:
+            self._read_on()
+        elif after is After.HOLD:
+            self._read_hold()
+        else:
+            self._closing = True
+
+    def end_haggling(self, seconds: float) -> None:
+        """Hang up on a client that has not opened an export within the `seconds` it had."""
+        if self._service is None and self._transport is not None:
+            _log.warning("%s: opened no export within %.4g s; dropped", self._peer, seconds)
+            self.abort()
 
     # --- TLS -------------------------------------------------------------------------------------------------------
 
@@ -218,103 +225,60 @@ class Session(asyncio.BufferedProtocol):
             _log.warning("%s: the TLS handshake failed: %s; dropped", self._peer, reason_of(error))
         elif not upgrade.cancelled():
             _log.error("%s: dropped because of a fault in the server", self._peer, exc_info=error)
-        self._abort()
+        self.abort()
         self.connection_lost(None)  # the loop tells the TLS layer alone
 
     def _go_on_encrypted(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self._is_encrypted = True
-        self._write_paused = False
+        self.write_paused = False
         transport.set_write_buffer_limits(_WRITE_HIGH, _WRITE_LOW)
         name = subject_of(transport)
         if self._access.admits_subject(name):
             self._connection.tls_started()
-            self._pump()  # the client may have gone on already
+            self.pump()  # the client may have gone on already
         else:
             _log.warning("%s: its certificate, for '%s', is not among those allowed; refused", self._peer, name)
-            self._abort()
+            self.abort()
 
-    def _serve_batch(self, opened: OpenExport) -> None:
-        connection, serve_now, tally = self._connection, opened.serve_now, opened.export.tally
-        next_request, reply = connection.next_request, connection.reply
-        reads = read = writes = written = 0
-        early = _BATCH_BYTES
-        try:
-            while not self._is_full():
-                request = next_request()
-                if request is None:
-                    self._read_on()
-                    return
-                if request.command == CMD_DISC:
-                    self._closing = True
-                    return
-                answer = _TOO_LATE if self._shutting_down else serve_now(request)
-                if answer is None:
-                    self._defer(opened, request)
-                    continue
-                reply(request, answer)
-                if type(answer) is Refusal:
-                    tally.add(request, answer)
-                elif request.command == CMD_WRITE:
-                    writes += 1
-                    written += request.length
-                else:
-                    reads += 1
-                    read += request.length
-                    if read > early:
-                        self._send()
-                        early = read + _BATCH_BYTES
-        finally:
-            tally.add_batch(reads, read, writes, written)
-        self._read_hold()
-
-    def _is_full(self) -> bool:
-        return self._write_paused or len(self._tasks) >= MAX_IN_FLIGHT or self._bytes_in_flight >= MAX_BYTES_IN_FLIGHT
-
-    def _defer(self, opened: OpenExport, request: Request) -> None:
-        """Serve a request that has to wait for something in a task of its own."""
-        if request.payload is not None and request.length <= IN_WINDOW:
-            request = request.detached()
-        weight = request.length if request.command in (CMD_READ, CMD_WRITE) else 0
-        self._bytes_in_flight += weight
-        opened.export.tally.in_flight += 1
-        task = asyncio.get_running_loop().create_task(self._serve(opened, request, weight))
-        self._tasks.add(task)
-
-    async def _serve(self, opened: OpenExport, request: Request, weight: int) -> None:
-        try:
-            answer = await opened.serve(request)
-            self._connection.reply(request, answer)
-            opened.export.tally.add(request, answer)
-        except Exception:
-            _log.exception("%s: dropped because of a fault in the server while serving %r", self._peer, request)
-            self._abort()
-        finally:
-            self._bytes_in_flight -= weight
-            opened.export.tally.in_flight -= 1
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks.discard(task)
-        if not self._write_paused:
-            self._send()
+    def served(self) -> None:
+        """See service.Link."""
+        if not self.write_paused:
+            self.send()
         self._close_when_done()
         if self._read_paused:
-            self._pump()
+            self.pump()
+
+    def moved(self) -> int | None:
+        """See budget.Holder."""
+        if self._transport is None or (self._service is not None and self._service.working):
+            return None
+        return self._received + self._handed_over - self._transport.get_write_buffer_size()
+
+    def drop(self, reason: str) -> None:
+        """See budget.Holder."""
+        _log.warning("%s: %s; dropped", self._peer, reason)
+        self.abort()
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
-    def _send(self) -> None:
+    def send(self) -> None:
         """Send what the core has queued: straight to the socket while nothing waits before it, else by the transport."""
         out = self._connection.data_to_send()
         transport = self._transport
         if not out or transport is None or transport.is_closing():
             return
-        buffers = self._open.buffers if self._open is not None else None
+        buffers = self._service.opened.buffers if self._service is not None else None
         if self._fd >= 0 and not transport.get_write_buffer_size():
             if buffers is not None:
                 buffers.all_sent()
                 buffers.handed_over()
-            out = self._write_now(out)
+            try:
+                out = send_now(self._fd, out)
+            except OSError as error:
+                _log.info("%s: connection lost: %s", self._peer, error.strerror)
+                self.abort()
+                return
             if not out and buffers is not None:
                 buffers.all_sent()
         elif buffers is not None and self._is_encrypted:
@@ -322,19 +286,8 @@ class Session(asyncio.BufferedProtocol):
         elif buffers is not None:
             buffers.handed_over()
         if out:
+            self._handed_over += sum(map(len, out))
             transport.writelines(out)
-
-    def _write_now(self, out: list[bytes | bytearray | memoryview]) -> list[bytes | bytearray | memoryview]:
-        """What the socket does not take at once."""
-        try:
-            sent = os.writev(self._fd, out[:_IOV_MAX])
-        except BlockingIOError:
-            return out
-        except OSError as error:
-            _log.info("%s: connection lost: %s", self._peer, error.strerror)
-            self._abort()
-            return []
-        return _unsent(out, sent)
 
     # --- pausing and ending ----------------------------------------------------------------------------------------
 
@@ -352,23 +305,39 @@ class Session(asyncio.BufferedProtocol):
         """Accept no more and finish what was accepted; the connection stays, so that who comes too late hears why."""
         self._shutting_down = True
         self._connection.shut_down()
+        if self._service is not None:
+            self._service.shut_down()
         if self._upgrade is not None:
-            self._abort()
+            self.abort()
 
     def hang_up(self) -> None:
         """Close as soon as nothing is in flight any more."""
         self._begin_close()
+
+    @property
+    def peer(self) -> str:
+        """See service.Link."""
+        return self._peer
+
+    @property
+    def is_gone(self) -> bool:
+        """See service.Link."""
+        return self._transport is None
+
+    @property
+    def _in_flight(self) -> int:
+        return 0 if self._service is None else self._service.in_flight
 
     def _begin_close(self) -> None:
         self._closing = True
         self._close_when_done()
 
     def _close_when_done(self) -> None:
-        if self._closing and not self._tasks and self._transport is not None and self._upgrade is None:
-            self._send()
+        if self._closing and not self._in_flight and self._transport is not None and self._upgrade is None:
+            self.send()
             self._transport.close()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         """Hang up; what is in flight is finished all the same."""
         self._closing = True
         if self._upgrade is not None:
@@ -380,21 +349,17 @@ class Session(asyncio.BufferedProtocol):
         """Wait until nothing is in flight any more."""
         if self._upgrade is not None:
             await asyncio.wait({self._upgrade})
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
+        if self._service is not None:
+            await self._service.wait_idle()
 
     async def wait_closed(self) -> None:
         """Wait until the connection is gone."""
         await self._closed.wait()
 
     def __repr__(self) -> str:
-        return f"<Session {self._peer} {len(self._tasks)} in flight>"
+        return f"<Session {self._peer} {self._in_flight} in flight>"
 
 
-def _unsent(out: list[bytes | bytearray | memoryview], sent: int) -> list[bytes | bytearray | memoryview]:
-    """What remains of `out` after `sent` bytes of it went."""
-    for index, piece in enumerate(out):
-        if sent < len(piece):
-            return [memoryview(piece)[sent:], *out[index + 1 :]]
-        sent -= len(piece)
-    return []
+def _peer_name(transport: asyncio.BaseTransport) -> str:
+    peer = transport.get_extra_info("peername")
+    return f"client {peer[0]}:{peer[1]}" if isinstance(peer, tuple) and len(peer) > 1 else "client on the Unix socket"

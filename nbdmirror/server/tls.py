@@ -34,8 +34,6 @@ CA_CRL: Final = "ca-crl.pem"
 SERVER_CERT: Final = "server-cert.pem"
 SERVER_KEY: Final = "server-key.pem"
 
-# As QEMU's servers give the whole handshake; three lost packets fit.
-HANDSHAKE_SECONDS: Final = 10.0
 # How long a client may take to return the goodbye of TLS before the socket is closed without it.
 _GOODBYE_SECONDS: Final = 5.0
 _PSK_LINE: Final = re.compile(r"(?P<user>[^:]+):(?P<key>([0-9a-fA-F]{2})+)")
@@ -49,14 +47,16 @@ class Tls:
 
     mode: TlsMode = TlsMode.OFF
     context: ssl.SSLContext | None = None
-    handshake_seconds: float = HANDSHAKE_SECONDS
 
 
 NO_TLS: Final = Tls()
 
 
 async def start_tls(tls: Tls, transport: asyncio.Transport, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
-    """The server's side of the TLS handshake, over a transport that is not reading. Raises OSError where it fails."""
+    """The server's side of the TLS handshake, over a transport that is not reading. Raises OSError where it fails.
+
+    How long it may take is the listener's to say, as for all of the haggling.
+    """
     assert tls.context is not None, "TLS is only offered where it was configured"
     if transport.is_closing():
         raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
@@ -65,7 +65,6 @@ async def start_tls(tls: Tls, transport: asyncio.Transport, protocol: asyncio.Ba
         protocol,
         tls.context,
         server_side=True,
-        ssl_handshake_timeout=tls.handshake_seconds,
         ssl_shutdown_timeout=_GOODBYE_SECONDS,
     )
     if secure is None:

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 DEFAULT_SIZE: Final = 4 * GiB
 _MOST_APART: Final = 0.01
-# A target of one kind: what to copy to, and the pid of the server in front of it, if there is one.
-Target = tuple[str, int | None]
+# A target of one kind: what to copy to, and the server in front of it, if there is one.
+Target = tuple[str, peers.Peer | None]
+ServedTarget = tuple[str, peers.Peer]
 
 
 def _nbdmirror(source: str, target: str) -> list[str]:
@@ -67,20 +68,23 @@ def _file(path: Path) -> Iterator[Target]:
 
 
 @contextmanager
-def _behind_nbdkit(path: Path) -> Iterator[Target]:
+def _behind_nbdkit(path: Path) -> Iterator[ServedTarget]:
     with peers.nbdkit("file", f"file={path}") as peer:
-        yield peer.endpoint.uri, peer.pid
+        yield peer.endpoint.uri, peer
 
 
 @contextmanager
-def _behind_qemu_nbd(path: Path) -> Iterator[Target]:
+def _behind_qemu_nbd(path: Path) -> Iterator[ServedTarget]:
     with peers.qemu_nbd(path, extra=["--cache=writeback", "--discard=unmap"]) as peer:
-        yield peer.endpoint.uri, peer.pid
+        yield peer.endpoint.uri, peer
 
 
+SERVED: Final[dict[str, Callable[[Path], AbstractContextManager[ServedTarget]]]] = {
+    "nbdkit": _behind_nbdkit,
+    "qemu-nbd": _behind_qemu_nbd,
+}
 TARGETS: Final[dict[str, Callable[[Path], AbstractContextManager[Target]]]] = {
-    "file to nbdkit": _behind_nbdkit,
-    "file to qemu-nbd": _behind_qemu_nbd,
+    **{f"file to {name}": target for name, target in SERVED.items()},
     "file to file": _file,
 }
 
@@ -99,7 +103,7 @@ def measure(runs: int, size: int) -> list[Table]:
             print(f"bench: copy, {name}", file=sys.stderr)
             for _ in range(runs):
                 for tool, command in COPIERS.items():
-                    cost, served = _run(source, directory / "target.img", target, command)
+                    cost, served = run(source, directory / "target.img", target, command)
                     speed.add(name, tool, data / MiB / cost.wall)
                     wall.add(name, tool, cost.wall)
                     client.add(name, tool, cost.cpu)
@@ -108,30 +112,43 @@ def measure(runs: int, size: int) -> list[Table]:
     return [speed, wall, client, server]
 
 
-def _run(
+def run(
     source: Path,
     target: Path,
     target_of: Callable[[Path], AbstractContextManager[Target]],
     command: Callable[[str, str], list[str]],
 ) -> tuple[Cost, float | None]:
     """One copy, verified; its cost, and the CPU time of the target's server."""
-    with target.open("xb") as file:
-        file.truncate(source.stat().st_size)
-    try:
-        with target_of(target) as (where, pid):
-            before = 0.0 if pid is None else cpu_seconds(pid)
+    with new_file(target, source.stat().st_size):
+        with target_of(target) as (where, peer):
+            before = 0.0 if peer is None else cpu_seconds(peer.pid)
             cost = run_measured(command(str(source), where))
-            served = None if pid is None else cpu_seconds(pid) - before
-        _verify(source, target, command(str(source), where)[0])
-    finally:
-        target.unlink()
+            served = None if peer is None else cpu_seconds(peer.pid) - before
+        verify(source, target, command(str(source), where)[0])
     return cost, served
 
 
-def _verify(source: Path, target: Path, program: str) -> None:
-    result = subprocess.run(["cmp", source, target], capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
-    if result.returncode:
-        raise BenchmarkError(f"{program} made a copy that differs: {(result.stdout + result.stderr).strip()}")
+@contextmanager
+def new_file(path: Path, size: int) -> Iterator[Path]:
+    """A file that is all hole, for as long as the context lasts."""
+    with path.open("xb") as file:
+        file.truncate(size)
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+def verify(source: Path, target: Path, program: str) -> None:
+    """Raise unless the target has the source's content, and about as much allocated."""
+    verify_content(source, target, program)
     expected, found = (path.stat().st_blocks * 512 for path in (source, target))
     if abs(found - expected) > expected * _MOST_APART:
         raise BenchmarkError(f"{program} made a copy of {found} allocated bytes where the source has {expected}")
+
+
+def verify_content(source: Path, target: Path, program: str) -> None:
+    """Raise unless the target has the source's content."""
+    result = subprocess.run(["cmp", source, target], capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    if result.returncode:
+        raise BenchmarkError(f"{program} made a copy that differs: {(result.stdout + result.stderr).strip()}")

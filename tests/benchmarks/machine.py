@@ -1,7 +1,8 @@
-"""What the benchmarks share: the machine, what processes cost on it, disks in memory.
+"""What the benchmarks share: the machine, what processes cost on it, where disks are.
 
 Rules:
-1. Disks are files on tmpfs: no disk and no page cache in the way, the same pages for every server.
+1. Disks are files on tmpfs, where nothing but memory is in the way, and, for servers, on a real file system with all of the
+   file in the page cache. Every server has the same file, and so the same pages.
 2. CPU time is a process's own account, user and system; threads are in it.
 """
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _TICK: Final = os.sysconf("SC_CLK_TCK")
 _MEMORY: Final = Path("/dev/shm")
+_MOMENT: Final = 0.1
+_IDLE: Final = 0.9
 _PIECE: Final = 16 * MiB
 # Far longer than any one run: something is stuck then.
 RUN_SECONDS: Final = 300.0
@@ -42,6 +45,24 @@ class Cost:
 
     wall: float
     cpu: float
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server on a Unix socket."""
+
+    tool: str
+    pid: int
+    uri: str
+    socket: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A directory for disks, and the name of its file system."""
+
+    name: str
+    directory: Path
 
 
 def check_programs(*names: str) -> None:
@@ -61,10 +82,55 @@ def memory_directory(need: int) -> Iterator[Path]:
         yield Path(name)
 
 
+@contextmanager
+def places(need: int, real: Path) -> Iterator[list[Place]]:
+    """A directory on tmpfs and one below `real`, on another file system, each with room for `need` bytes."""
+    name = _file_system(real)
+    if name in {"tmpfs", "ramfs"}:
+        raise BenchmarkError(f"'{real}' is on {name}; name a directory on a disk with --directory")
+    if shutil.disk_usage(real).free < need:
+        raise BenchmarkError(f"'{real}' has less than {format_size(need)} free; name another directory with --directory")
+    with memory_directory(need) as memory, tempfile.TemporaryDirectory(prefix="nbdmirror-bench-", dir=real) as disk:
+        yield [Place("tmpfs", memory), Place(name, Path(disk))]
+
+
+def _file_system(path: Path) -> str:
+    result = subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True, check=False, timeout=10)
+    if result.returncode:
+        raise BenchmarkError(result.stderr.strip())
+    name = result.stdout.strip()
+    return "ext4" if name == "ext2/ext3" else name
+
+
+def warm(path: Path) -> None:
+    """Have all of a file on the disk and in the page cache."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        while file.read(_PIECE):
+            pass
+
+
 def cpu_seconds(pid: int) -> float:
     """CPU time of a process so far, with the children that it has waited for (proc(5), fields 14 to 17)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return sum(map(int, fields[11:15])) / _TICK
+
+
+def wait_until_idle(most: float) -> None:
+    """Return when the processors have been idle for a moment, after `most` seconds at the latest."""
+    deadline = time.monotonic() + most
+    while time.monotonic() < deadline:
+        before = _processor_ticks()
+        time.sleep(_MOMENT)
+        total, idle = (after - earlier for after, earlier in zip(_processor_ticks(), before, strict=True))
+        if idle >= total * _IDLE:
+            return
+
+
+def _processor_ticks() -> tuple[int, int]:
+    """All ticks of all processors so far, and the idle ones (proc(5))."""
+    ticks = list(map(int, Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]))
+    return sum(ticks), ticks[3] + ticks[4]
 
 
 def run_measured(argv: Sequence[str]) -> Cost:

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import subprocess
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -195,7 +194,7 @@ async def test_a_lost_connection_leaves_the_others_working() -> None:
     with peers.nbdkit("memory", "8M") as peer:
         device = await NbdDevice.open(peer.endpoint, connections=3)
         assert device.connection_count == 3
-        await device._connections[0].aclose()
+        await device.link.connections[0].aclose()
         assert device.connection_count == 2
         await device.pwrite(b"x" * 4096, 0)
         await device.flush()
@@ -310,54 +309,3 @@ def test_without_libnbd_the_error_says_what_to_install() -> None:
     assert output.startswith("UsageError")
     assert "apt install python3-libnbd" in output
     assert output.count("\n") == 1
-
-
-# --- TLS ---
-
-
-async def test_tls_with_a_shared_key_over_a_unix_socket_and_never_unverified(tmp_path: Path) -> None:
-    keys, wrong = tmp_path / "keys.psk", tmp_path / "wrong.psk"
-    keys.write_text(f"me:{'ab' * 16}\n")
-    wrong.write_text(f"me:{'cd' * 16}\n")
-    with peers.nbdkit("memory", "1M", extra=["--tls=require", f"--tls-psk={keys}"]) as peer:
-
-        def endpoint(psk: str) -> NbdEndpoint:
-            return NbdEndpoint("unix", socket=peer.endpoint.socket, tls=True, tls_username="me", tls_psk_file=psk)
-
-        connection = await NbdConnection.connect(endpoint(str(keys)))
-        await connection.pread(bytearray(MIB), 0)
-        await connection.aclose()
-        assert str(endpoint(str(wrong))) in str(await failed(NbdConnection.connect(endpoint(str(wrong)))))
-        with pytest.raises(UsageError, match="can't verify"):
-            await NbdConnection.connect(endpoint(""))
-        await failed(NbdConnection.connect(peer.endpoint))  # in clear: the server wants TLS
-
-
-def certificates(directory: Path) -> Path:
-    """A CA of its own and a certificate for localhost, under the names that NBD tools share."""
-    directory.mkdir()
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-    ca = ["-subj", "/CN=test CA", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"]
-    server = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=CA:FALSE"]
-    signed = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-keyout", "server-key.pem", "-out", "server-cert.pem"]
-    for command in ([*new, *ca], [*new, *server, *signed]):
-        subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    return directory
-
-
-async def test_tls_verifies_the_servers_certificate_and_its_name(tmp_path: Path) -> None:
-    peers.require("openssl")
-    ours, others = certificates(tmp_path / "ours"), certificates(tmp_path / "others")
-    with peers.nbdkit("memory", "1M", extra=["--tls=require", f"--tls-certificates={ours}"], tcp=True) as peer:
-        good = NbdEndpoint("tcp", "localhost", peer.endpoint.port, tls=True, tls_certificates=str(ours))
-        connection = await NbdConnection.connect(good)
-        await connection.pread(bytearray(MIB), 0)
-        await connection.aclose()
-        await failed(NbdConnection.connect(replace(good, tls_certificates=str(others))))
-        await failed(NbdConnection.connect(replace(good, host="127.0.0.1")))
-
-
-async def test_tls_is_not_given_up_when_the_server_has_none() -> None:
-    with peers.nbdkit("memory", "1M", tcp=True) as peer:
-        endpoint = NbdEndpoint("tcp", "localhost", peer.endpoint.port, tls=True)
-        await failed(NbdConnection.connect(endpoint))

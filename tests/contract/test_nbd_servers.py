@@ -174,7 +174,7 @@ async def test_one_failed_piece_fails_the_request_after_all_pieces_are_done() ->
     with peers.nbdkit("memory", "64M", *args, filters=["blocksize-policy", "error"]) as peer:
         device = await NbdDevice.open(peer.endpoint, connections=2)
         assert (await failed(device.pread(bytearray(32 * MIB), 0))).errno == errno.EIO
-        assert all(connection.in_flight == 0 for connection in device._connections)
+        assert all(connection.in_flight == 0 for connection in device.link.connections)
         await device.aclose()
 
 

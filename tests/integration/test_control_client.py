@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nbdmirror.cli.client import ControlClient, DaemonError, run_client
+from nbdmirror.cli.main import run
 from nbdmirror.errors import InactiveError, NbdMirrorError, UsageError
 from nbdmirror.qmp.messages import ErrorClass, QmpError, Version
 from nbdmirror.qmp.monitor import Monitor
@@ -205,3 +206,19 @@ async def test_the_librarys_own_words_are_for_debugging(tmp_path: Path, caplog: 
 def test_run_client(tmp_path: Path) -> None:
     with pytest.raises(DaemonError, match="no such socket"):
         run_client(str(tmp_path / "missing"), lambda client: client.execute("query-version"))
+
+
+async def test_copy_mode_is_asked_for_as_qemu_names_it(tmp_path: Path) -> None:
+    asked: list[tuple[str, str, str]] = []
+    registry = Registry(VERSION)
+
+    @registry.command("block-job-change")
+    def change(id_: str, type_: str, copy_mode: str) -> None:
+        asked.append((id_, type_, copy_mode))
+
+    monitor = Monitor(registry)
+    path = str(tmp_path / "s")
+    await monitor.listen(path)
+    assert await asyncio.to_thread(run, ["set-copy-mode", "j", "write-blocking", "--qmp", path]) == 0
+    await monitor.aclose()
+    assert asked == [("j", "mirror", "write-blocking")]

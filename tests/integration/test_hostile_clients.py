@@ -45,13 +45,14 @@ def unharmed(directory: Path, *options: str) -> Iterator[Daemon]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """One server for all, so that it has to survive all of them, in any order."""
+    require("nbdinfo")
     with unharmed(tmp_path_factory.mktemp("hostile")) as daemon:
+        run("nbdinfo", "--size", daemon.uri)  # for its first client a loop opens files of its own
         yield daemon
 
 
 @pytest.fixture
 def daemon(shared: Daemon) -> Iterator[Daemon]:
-    require("nbdinfo")
     files = shared.open_files()
     yield shared
     assert run("nbdinfo", "--size", shared.uri).strip() == str(SIZE)
@@ -241,7 +242,7 @@ async def test_vanished_with_reads_in_flight(daemon: Daemon) -> None:
         await client.aclose()
 
 
-@pytest.mark.parametrize("length", [4 * KiB, MiB, 32 * MiB])
+@pytest.mark.parametrize("length", [4 * KiB, MiB, 32 * MiB, 64 * MiB])
 async def test_a_client_that_never_reads_holds_bounded_memory_and_nobody_up(daemon: Daemon, length: int) -> None:
     with socket.socket(socket.AF_UNIX) as stalled:
         stalled.connect(str(daemon.unix))
@@ -259,7 +260,29 @@ async def test_a_client_that_never_reads_holds_bounded_memory_and_nobody_up(daem
                 assert (await other.ask(c.CMD_READ, offset, 100_000)).data == data(offset, 100_000)
                 assert (await other.ask(c.CMD_FLUSH)).error == 0
         assert 0 < sent < len(requests)
+        print(f"reads of {length} bytes that nobody reads: {daemon.memory() / MiB:.0f} MiB at most")
         assert daemon.memory() < 256 * MiB
+
+
+async def test_the_worst_that_one_client_can_make_the_server_hold(tmp_path: Path) -> None:
+    """A read just short of the largest, the largest, and payloads behind them: what all large requests share bounds it."""
+    disk = make_disk(tmp_path / "disk", SIZE, {0: OLD})
+    with serving(disk) as daemon:
+        before = daemon.memory()
+        async with await connect(daemon) as client, await connect(daemon) as other:
+            await client.open()
+            await other.open()
+            writer = client._writer
+            writer.write(wire.request(c.CMD_READ, 0, c.MAX_PAYLOAD - 4096) + wire.request(c.CMD_READ, 0, c.MAX_PAYLOAD))
+            for _ in range(4):
+                writer.write(wire.request(c.CMD_WRITE, 0, payload=OLD[: c.MAX_PAYLOAD]))
+            for turn in range(100):
+                assert (await other.ask(c.CMD_READ, turn * 4096, 4096)).data == data(turn * 4096, 4096)
+                assert (await other.ask(c.CMD_FLUSH)).error == 0
+            held = daemon.memory() - before
+            print(f"held for one client: {held / MiB:.0f} MiB")
+            assert 40 * MiB < held < 100 * MiB
+            client.abort()
 
 
 @pytest.mark.parametrize("length", [4 * KiB, 512 * KiB, 2 * MiB])

@@ -89,9 +89,10 @@ def test_target_is_killed(when: str, tmp_path: Path) -> None:
     with into_nbdkit_memory(tmp_path, SIZE) as target, source(tmp_path) as (disk, daemon):
         with writing_guest(daemon, disk, SIZE, seed) as writer:
             if when == "before ready":
-                tell(daemon, "mirror", target.uri, "--background", "--speed", "256k", "--request-size", "64k")
+                slowly = ["--background", "--speed", "256k", "--request-size", "64k"]
+                tell(daemon, "mirror", target.uri, "--reconnect", "0", *slowly)
             else:
-                tell(daemon, "mirror", target.uri)
+                tell(daemon, "mirror", target.uri, "--reconnect", "0")
             os.kill(target.pid, signal.SIGKILL)
             result = ask(daemon, "wait", "mirror0", "--timeout", "20")
             refused(result, 3, "job 'mirror0' failed", "Transport endpoint is not connected")
@@ -104,7 +105,7 @@ def test_target_is_killed(when: str, tmp_path: Path) -> None:
 
 def test_target_is_killed_during_complete(tmp_path: Path) -> None:
     with into_nbdkit_memory(tmp_path, SIZE) as target, source(tmp_path) as (disk, daemon):
-        tell(daemon, "mirror", target.uri)
+        tell(daemon, "mirror", target.uri, "--reconnect", "0")
         os.kill(target.pid, signal.SIGSTOP)
         tell(daemon, "complete", "mirror0", "--background")
         os.kill(target.pid, signal.SIGKILL)
@@ -303,7 +304,7 @@ def test_one_mirror_at_a_time(tmp_path: Path) -> None:
         one, other = make_disk(tmp_path / "one", SIZE), make_disk(tmp_path / "other", SIZE)
         refused(ask(daemon, "mirror", other, "--job-id", "1k"), 1, "Invalid job ID '1k'")
         tell(daemon, "mirror", one, "--job-id", "j")
-        node = json.loads(tell(daemon, "status", "--json"))["nodes"][-1]["node-name"]
+        node = json.loads(tell(daemon, "status", "--json"))["nodes"][0]["node-name"]
         refused(ask(daemon, "mirror", other, "--job-id", "k"), 1, "Need a root block node")
         refused(ask(daemon, "mirror", other, "--job-id", "j"), 1, "Job ID 'j' already in use")
         refused(ask(daemon, "mirror", other, "--device", node), 1, "block device is in use by block job: mirror")

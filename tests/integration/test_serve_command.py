@@ -79,13 +79,13 @@ def test_tcp_on_a_port_that_the_kernel_chose(disk: Path) -> None:
         assert run("nbdinfo", "--size", daemon.uri).strip() == str(MiB)
 
 
-def test_tcp_on_a_port_of_ones_choice(disk: Path) -> None:
+def test_tcp_on_a_port_of_ones_choice(disk: Path, tmp_path: Path) -> None:
     require("nbdinfo")
     port = free_port()
     with serving(disk, "-p", str(port), "-x", "a", tcp=True) as daemon:
         assert daemon.uri == f"nbd://127.0.0.1:{port}/a"
         assert run("nbdinfo", "--size", daemon.uri).strip() == str(MiB)
-        result = run_cli("serve", disk, "-p", str(port))
+        result = run_cli("serve", make_disk(tmp_path / "other", MiB), "-p", str(port))
         assert (result.returncode, result.stdout) == (1, "")
         assert result.stderr.splitlines() == [f"nbdmirror: cannot listen on 127.0.0.1 port {port}: Address already in use"]
         assert run("nbdinfo", "--size", daemon.uri).strip() == str(MiB)
@@ -147,11 +147,12 @@ def test_a_socket_of_a_killed_daemon_is_taken_over(disk: Path, sock_dir: Path) -
         assert run("nbdinfo", "--size", daemon.uri).strip() == str(MiB)
 
 
-def test_a_socket_of_a_living_daemon_is_left_alone(disk: Path, sock_dir: Path) -> None:
+def test_a_socket_of_a_living_daemon_is_left_alone(disk: Path, sock_dir: Path, tmp_path: Path) -> None:
     require("nbdinfo")
+    other = make_disk(tmp_path / "other", MiB)
     with serving(disk, socket=sock_dir / "s", qmp=True) as daemon:
         for args in (("-k", daemon.unix), ("-k", sock_dir / "other", "--qmp", daemon.control)):
-            result = run_cli("serve", disk, *args)
+            result = run_cli("serve", other, *args)
             assert (result.returncode, result.stdout) == (1, "")
             (line,) = result.stderr.splitlines()
             assert f"'{args[-1]}'" in line

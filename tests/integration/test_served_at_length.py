@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-from contextlib import AsyncExitStack, contextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
 from nbdmirror.protocol import constants as c
 from nbdmirror.units import KiB, MiB
+from tests.support.block_devices import loop_device
 from tests.support.daemon import serving
 from tests.support.peers import nbdkit, require
-from tests.support.tools import (
-    PIECES,
-    SIZE,
-    allocated,
-    completed,
-    content,
-    make_disk,
-    nbdsh,
-    pattern,
-    run,
-    same_content,
-    sha256,
-)
+from tests.support.tools import PIECES, SIZE, allocated, content, make_disk, nbdsh, pattern, run, same_content, sha256
 from tests.support.wire_client import WireClient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from pathlib import Path
 
 # --- fio -------------------------------------------------------------------------------------------------------------
 
@@ -195,18 +181,6 @@ async def test_the_last_byte_is_the_last(tmp_path: Path) -> None:
             assert list(last.extents.values()) == [[(1, 0)]]
     assert disk.stat().st_size == ODD
     assert content(disk, ODD - 512, 512) == pattern(512)[:412] + bytes(99) + b"\xee"
-
-
-@contextmanager
-def loop_device(backing: Path) -> Iterator[Path]:
-    require("losetup")
-    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
-        pytest.skip("loop devices need root and /dev/loop-control")
-    name = run("losetup", "--find", "--show", backing).strip()
-    try:
-        yield Path(name)
-    finally:
-        completed("losetup", "--detach", name)
 
 
 def test_a_block_device(tmp_path: Path) -> None:

@@ -35,16 +35,16 @@ def _tools() -> None:
     require("qemu-img", "qemu-io")
 
 
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For all tests, which do not change it."""
-    return make_disk(tmp_path_factory.mktemp("shared") / "disk", SIZE, PIECES)
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """The test's own: a disk has one daemon."""
+    return make_disk(tmp_path / "disk", SIZE, PIECES)
 
 
 @pytest.fixture(scope="module")
-def daemon(disk: Path) -> Iterator[Daemon]:
-    """For the tests that only read."""
-    with serving(disk, "-x", "a") as daemon:
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """For the tests that only read, over a disk like theirs."""
+    with serving(make_disk(tmp_path_factory.mktemp("shared") / "disk", SIZE, PIECES), "-x", "a") as daemon:
         yield daemon
 
 

@@ -21,6 +21,7 @@ from nbdmirror.server.access import Access, parse_network
 from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener
 from nbdmirror.server.tls import Tls, certificate_context
+from nbdmirror.sockets import listen_tcp
 from nbdmirror.units import KiB, MiB
 from tests.support.certificates import Authority
 from tests.support.tools import pattern
@@ -62,9 +63,9 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
 async def listening(
     pki: Path, mode: TlsMode = TlsMode.REQUIRE, *, verify: bool = False, seconds: float = SECONDS, access: Access | None = None
 ) -> AsyncIterator[Listener]:
-    tls = Tls(mode, certificate_context(str(pki / "server"), verify_peer=verify), seconds)
+    tls = Tls(mode, certificate_context(str(pki / "server"), verify_peer=verify))
     exports = {"": Export("", MemoryDevice(SIZE))}
-    listener = Listener.tcp("127.0.0.1", 0, exports, tls=tls, access=access or Access())
+    listener = Listener([listen_tcp("127.0.0.1", 0)], exports, haggling=seconds, tls=tls, access=access or Access())
     await listener.start()
     try:
         yield listener
@@ -256,7 +257,7 @@ def test_anything_but_tls_behind_the_answer_to_starttls(
                 # An alert of TLS (21) perhaps, but nothing of NBD's.
                 assert (await client.read_until_closed())[:1] in {b"", b"\x15"}
             assert "the TLS handshake failed: " in await until_warned(caplog)
-            assert listener._sessions == set()
+            assert not listener._sessions
             assert await is_served(listener, pki)
 
     run(test())
@@ -276,7 +277,7 @@ def test_stalled_handshake_costs_others_nothing_and_ends(run: Any, pki: Path, ca
                 await client.read_until_closed()
                 await client.aclose()
             assert len(warned(caplog)) == 20
-            assert listener._sessions == set()
+            assert not listener._sessions
 
     run(test())
 
@@ -293,7 +294,7 @@ def test_shutting_down_during_a_handshake(run: Any, pki: Path, caplog: pytest.Lo
                 await stack.aclose()
             await client.read_until_closed()
             await client.aclose()
-            assert listener._sessions == set()
+            assert not listener._sessions
 
     run(test())
     assert warned(caplog) == []
@@ -307,7 +308,7 @@ def test_client_that_vanishes_during_a_handshake(run: Any, pki: Path, caplog: py
             await client.option(Option.STARTTLS)
             client.abort()
             assert "the TLS handshake failed: " in await until_warned(caplog)
-            assert listener._sessions == set()
+            assert not listener._sessions
             assert await is_served(listener, pki)
 
     run(test())

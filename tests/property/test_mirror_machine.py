@@ -1,12 +1,15 @@
 """The whole mirror job on a random walk: every call of both disks finishes, or fails, only when the walk says so.
 
 The guest writes, zeroes and trims; reads return the oldest content they may; failed writes leave half of what they were to
-write; jobs are paused, resumed, completed, cancelled. What must hold whatever the order:
+write; jobs are paused, resumed, completed, cancelled, their copy mode is changed; errors are met by every policy; nobody
+is patient. What must hold whatever the order:
 
     1. when the job says that it has finished copying, and still when it pivots, nothing is in flight on the source, and the
        target holds the same bytes, durably;
-    2. when it fails or is cancelled, every chunk that differs is marked;
-    3. every guest write ends, on the disk that is below by then; the job ends once the disks answer; nobody stays held.
+    2. when it fails or is cancelled, every chunk that differs is marked, and is in the bitmap that the job worked by;
+    3. every guest write ends, on the disk that is below by then; the job ends once the disks answer; nobody stays held;
+    4. while it says that it is actively synced, both disks have every write that was answered;
+    5. while it is paused its offset stands still.
 
 Time does not matter here: all waits of the job are over at once, but for holding the guest, which lasts as long as it takes.
 """
@@ -23,8 +26,10 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError, StateError
 from nbdmirror.jobs.status import JobStatus
-from nbdmirror.mirror import job as job_module
-from nbdmirror.mirror import pace
+from nbdmirror.mirror import pace, quiet, trouble
+from nbdmirror.mirror.options import CopyMode
+from nbdmirror.mirror.record import Keep
+from nbdmirror.mirror.trouble import OnError
 from tests.support.rig import CHUNK, Rig, eio, hurry
 
 if TYPE_CHECKING:
@@ -44,16 +49,25 @@ _TURNS: Final = 24
 class Walk:
     """One random walk of one job."""
 
-    def __init__(self, chance: random.Random) -> None:
+    def __init__(self, chance: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
         self.chance = chance
+        self.monkeypatch = monkeypatch
+        size = chance.choice([512, CHUNK])
+        keep = chance.choice([None, None, *Keep])
         self.rig = Rig(
             SIZE,
-            sync=chance.choice(["full", "full", "none"]),
+            sync=chance.choice(["full", "full", "none"]) if keep is None else "full",
+            copy_mode=chance.choice(list(CopyMode)),
+            on_source_error=chance.choice(list(OnError)),
+            on_target_error=chance.choice(list(OnError)),
+            pending_seconds=chance.choice([None, 0]),
+            buffer=chance.choice([1, 4 * CHUNK, 1 << 24]),
+            keep=keep,
             holding_source=self._some_calls(),
             holding_target=self._some_calls(),
             requests=chance.choice([1, 2, 4]),
             request_size=chance.choice([CHUNK, 2 * CHUNK, 8 * CHUNK]),
-            granularity=chance.choice([512, CHUNK]),
+            granularity=size,
             auto_finalize=chance.random() < 0.7,
         )
         self.rig.source.writes_now = chance.random() < 0.5
@@ -64,12 +78,26 @@ class Walk:
                 MemoryDevice.pwrite_now(rig.source, chance.randbytes(min(CHUNK, SIZE - at)), at)
         if chance.random() < 0.5:
             MemoryDevice.pwrite_now(rig.target, chance.randbytes(SIZE), 0)
+        if keep is not None:
+            self._mark_some()
         self._emit, self._pivot = rig.job._emit, rig.job._pivot
         rig.job._emit, rig.job._pivot = self.hear, self.pivot
         self.guests: set[asyncio.Task[None]] = set()
         self.written = 0
+        self.paused_at: int | None = None
         self.problems: list[str] = []
         self.trouble = chance.random() < 0.3
+
+    def _mark_some(self) -> None:
+        """The bitmap has what the target lacks."""
+        rig, size = self.rig, self.rig.bitmap.bits.granularity
+        for chunk in range(rig.bitmap.bits.chunks):
+            if self.chance.random() < 0.5:
+                rig.bitmap.bits.add_chunks(chunk, chunk + 1)
+            else:
+                at = chunk * size
+                MemoryDevice.pwrite_now(rig.target, bytes(rig.source.data[at : at + size]), at)
+        rig.target.durable = bytes(rig.target.data)
 
     def _some_calls(self) -> set[str]:
         return {name for name in sorted(CALLS) if self.chance.random() < 0.8}
@@ -78,6 +106,7 @@ class Walk:
 
     def hear(self, event: str, data: dict[str, Any]) -> None:
         if event == "JOB_STATUS_CHANGE":
+            self.paused_at = self.rig.job.progress[0] if data["status"] in (JobStatus.PAUSED, JobStatus.STANDBY) else None
             match data["status"]:
                 case JobStatus.PENDING:
                     self.check_in_step("pending")
@@ -104,6 +133,23 @@ class Walk:
         missing = self.rig.differing() - self.rig.dirty()
         if missing:
             self.problems.append(f"aborting: chunks {missing} differ and are not marked")
+        if self.rig.job.record is not None:
+            missing = self.rig.differing() - self.rig.recorded()
+            if missing:
+                self.problems.append(f"aborting: chunks {missing} differ and are not in the bitmap")
+            if self.rig.bitmap.users:
+                self.problems.append("aborting: the bitmap is busy still")
+
+    def check_now(self) -> None:
+        """Whatever has to hold at every moment."""
+        rig = self.rig
+        if self.paused_at is not None and rig.job.progress[0] != self.paused_at:
+            self.problems.append("the offset moved during a pause")
+        if rig.job.is_actively_synced and not rig.pivots:
+            being_written = {chunk for write in rig.device.writes_in_flight() for chunk in range(*rig.bitmap.bits.span(*write))}
+            behind = rig.differing() - being_written
+            if behind:
+                self.problems.append(f"actively synced, but chunks {behind} differ")
 
     # --- what may happen ---------------------------------------------------------------------------------------------
 
@@ -156,6 +202,7 @@ class Walk:
             verbs.append(job.cancel_gently)
         if self.chance.random() < 0.1:
             verbs.append(job.cancel)
+        verbs.append(lambda: job.change(self.chance.choice(list(CopyMode))))
         with suppress(StateError):
             self.chance.choice(verbs)()
 
@@ -178,6 +225,7 @@ class Walk:
             act()
             if chance.random() < 0.8:
                 await self.settle()
+            self.check_now()
             if self.problems:
                 break
         await self.end()
@@ -185,6 +233,7 @@ class Walk:
     async def end(self) -> None:
         """Everything answers from now on; the job is let go, and completes unless it has ended otherwise."""
         rig = self.rig
+        self.monkeypatch.setattr(pace, "PATIENCE_SECONDS", 60)
         ways = [rig.job.complete, rig.job.cancel_gently, rig.job.cancel]
         way = self.chance.choice(ways[:2] + ways)
         for turn in range(500):
@@ -196,6 +245,7 @@ class Walk:
             for _, call in self.held()[: 1 + turn % 3]:
                 call.finish()
             await self.settle()
+            self.check_now()
         else:
             self.problems.append(f"still going on: {rig.words} {self.held()} {self.guests}")
         if rig.device.is_drained:
@@ -216,10 +266,13 @@ def walk(seed: str, monkeypatch: pytest.MonkeyPatch) -> Walk:
         patch.setattr(pace, "CLOSE_IN_SECONDS", chance.choice([-1, 1e9]))
         patch.setattr(pace, "HOLD_SECONDS", chance.choice([0, 1e6]))
         # Requests are left behind only where nothing ever answers; here all do in the end.
-        patch.setattr(job_module, "_ABANDON_SECONDS", 60)
+        patch.setattr(trouble, "FIRST_WAIT", 0)
+        patch.setattr(pace, "PATIENCE_SECONDS", chance.choice([60, 0]))
+        patch.setattr(pace, "CHECKPOINT_BYTES", chance.choice([1, 1 << 26]))
+        patch.setattr(quiet, "_ABANDON_SECONDS", 60)
 
         async def go() -> Walk:
-            made = Walk(chance)
+            made = Walk(chance, patch)
             await made.run()
             return made
 

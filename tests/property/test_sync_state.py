@@ -21,18 +21,15 @@ Every weaker set of rules must fail on the content of the disks (1, 2 and 4), no
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import pytest
-from bitarray import bitarray
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nbdmirror.bitmap.dirty import DirtyBitmap
 from nbdmirror.bitmap.sync_state import SyncState
+from tests.support import weaker_rules
+from tests.support.state_walk import BrokenRuleError, Walk, clone, facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,10 +47,6 @@ WRITTEN: Final = 1
 
 # A write is IDLE, BEGUN, CHANGED, then OVER; a copy IDLE, TAKEN, READ, SENT, then OVER.
 IDLE, BEGUN, CHANGED, TAKEN, READ, SENT, OVER = range(7)
-
-
-class BrokenRuleError(AssertionError):
-    """A rule did not hold."""
 
 
 class World(NamedTuple):
@@ -111,11 +104,11 @@ class Step:
 
     def then(self, name: str) -> Step:
         """A copy to try one more event on."""
-        return Step(self.world, _clone(self.state), (*self.path, name), self.strict)
+        return Step(self.world, clone(self.state), (*self.path, name), self.strict)
 
     def key(self) -> tuple[object, ...]:
         """What the future depends on."""
-        return (self.world.folded(), _facts(self.state))
+        return (self.world.folded(), facts(self.state))
 
     # --- what happens ----------------------------------------------------------------------------------------------
 
@@ -304,411 +297,39 @@ class Step:
             raise BrokenRuleError("copying does not come to an end")
 
 
-def _clone(state: SyncState) -> SyncState:
-    """A state of its own with the same facts. `copy.deepcopy` says the same in ten times the time."""
-    twin = type(state)(_clone_dirty(state.dirty))
-    for name, value in vars(state).items():
-        if name != "dirty":
-            setattr(twin, name, copy.copy(value))
-    return twin
-
-
-def _clone_dirty(dirty: DirtyBitmap) -> DirtyBitmap:
-    twin = DirtyBitmap(dirty.size, dirty.granularity)
-    for first, end in dirty.runs():
-        twin.add_chunks(first, end)
-    return twin
-
-
-def _facts(state: SyncState) -> tuple[object, ...]:
-    """Every attribute of a state of one chunk, in a form that can be compared."""
-    rest = tuple(
-        (name, tuple(value) if isinstance(value, dict | set) else str(value))
-        if name != "_writing"
-        else (name, tuple(sorted(value.items())))
-        for name, value in sorted(vars(state).items())
-        if name != "dirty"
-    )
-    return (state.dirty.is_dirty(0), state.dirty.count, *rest)
-
-
-@dataclass
-class Walk:
-    """Every state that can be reached from the two beginnings, until the first violation."""
-
-    rules: type[SyncState]
-    strict: bool = True
-    states: int = 0
-    violation: BrokenRuleError | None = None
-    path: tuple[str, ...] = field(default=())
-
-    def run(self) -> Walk:
-        """Breadth first, so that the path of a violation is a shortest one."""
-        todo = [self._beginning(dirty=True), self._beginning(dirty=False)]
-        seen = {step.key() for step in todo}
-        while todo:
-            level: list[Step] = []
-            for step in todo:
-                self.states += 1
-                try:
-                    step.check()
-                    step.check_drain()
-                    for after in step.successors():
-                        key = after.key()
-                        if key not in seen:
-                            seen.add(key)
-                            level.append(after)
-                except BrokenRuleError as violation:
-                    self.violation, self.path = violation, step.path
-                    return self
-            todo = level
-        return self
-
-    def _beginning(self, *, dirty: bool) -> Step:
-        """A mirror that has everything to do, or one that goes on where it was the same."""
-        bitmap = DirtyBitmap(CHUNK, CHUNK)
-        if dirty:
-            bitmap.fill()
-            return Step(World(), self.rules(bitmap), strict=self.strict)
-        same = frozenset({ORIGINAL})
-        return Step(World(cached=same, durable=same, recorded=False), self.rules(bitmap), strict=self.strict)
+def beginnings(rules: type[SyncState], *, strict: bool) -> list[Step]:
+    """A mirror that has everything to do, and one that goes on where it was the same."""
+    full, same = DirtyBitmap(CHUNK, CHUNK), frozenset({ORIGINAL})
+    full.fill()
+    clean = World(cached=same, durable=same, recorded=False)
+    return [Step(World(), rules(full), strict=strict), Step(clean, rules(DirtyBitmap(CHUNK, CHUNK)), strict=strict)]
 
 
 def test_the_rules_hold_in_every_order_of_events() -> None:
-    walk = Walk(SyncState).run()
+    walk = Walk(beginnings(SyncState, strict=True)).run()
     assert walk.violation is None, f"{walk.violation} after: {', '.join(walk.path)}"
     # If the model lost one of its events, the walk would become short before it became wrong.
     assert walk.states > 30_000
 
 
-# --- what is weaker --------------------------------------------------------------------------------------------------
-
-
-class MarksOnlyAfterTheWrite(SyncState):
-    def write_begins(self, first: int, end: int) -> None:
-        pass
-
-    def write_ends(self, first: int, end: int) -> None:
-        self.dirty.add_chunks(first, end)
-
-
-class MarksOnlyAfterTheWriteButCounts(SyncState):
-    """Nothing is taken while it is written, but until the write ends nobody is told of it."""
-
-    def write_begins(self, first: int, end: int) -> None:
-        self._writing[first, end] = self._writing.get((first, end), 0) + 1
-
-    def write_ends(self, first: int, end: int) -> None:
-        super().write_ends(first, end)
-        self.dirty.add_chunks(first, end)
-
-
-class MarksTwiceAndClearsOnSettle(SyncState):
-    def write_ends(self, first: int, end: int) -> None:
-        super().write_ends(first, end)
-        self.dirty.add_chunks(first, end)
-
-    def take(self, most: int) -> tuple[int, int] | None:
-        run = super().take(most)
-        if run is not None:
-            self.dirty.add_chunks(*run)
-        return run
-
-    def settle(self, first: int, end: int, *, copied: bool) -> None:
-        super().settle(first, end, copied=copied)
-        if copied:
-            self.dirty.discard_chunks(first, end)
-
-
-class CopiesTwiceAtOnce(SyncState):
-    def take(self, most: int) -> tuple[int, int] | None:
-        held, self._copying = self._copying, bitarray(self.dirty.chunks, endian="little")
-        run = super().take(most)
-        self._copying |= held
-        return run
-
-
-class TakesWhileWriting(SyncState):
-    def take(self, most: int) -> tuple[int, int] | None:
-        held, self._writing = self._writing, {}
-        run = super().take(most)
-        self._writing = held
-        return run
-
-
-class ForgetsAFailure(SyncState):
-    def settle(self, first: int, end: int, *, copied: bool) -> None:
-        marked = self.dirty.is_dirty(first)
-        super().settle(first, end, copied=copied)
-        if not marked:
-            self.dirty.discard_chunks(first, end)
-
-
-class RetiresOnSettle(SyncState):
-    def settle(self, first: int, end: int, *, copied: bool) -> None:
-        super().settle(first, end, copied=copied)
-        self._unflushed[first:end] = 0
-
-
-class RetiresOnAnyFlush(SyncState):
-    """What settled while the flush was under way is retired by it, too."""
-
-    def flush_ends(self) -> Iterator[tuple[int, int]]:
-        assert self._flushing is not None
-        self._flushing |= self._unflushed
-        self._unflushed.setall(0)
-        return super().flush_ends()
-
-
-class RetiresWhatIsDirtyAgain(SyncState):
-    def flush_ends(self) -> Iterator[tuple[int, int]]:
-        flushed = self._flushing is not None and self._flushing.any()
-        list(super().flush_ends())
-        return iter([(0, 1)] if flushed else [])
-
-
-class ForgetsTheLoss(SyncState):
-    def target_lost(self) -> None:
-        self._flushing = None
-        self._unflushed.setall(0)
-
-
-class ForgetsTheFlushThatFailed(SyncState):
-    def target_lost(self) -> None:
-        self._flushing = None
-        super().target_lost()
-
-
-class BelievesCopiesUnderWayAtTheLoss(SyncState):
-    def target_lost(self) -> None:
-        held, self._copying = self._copying, bitarray(self.dirty.chunks, endian="little")
-        super().target_lost()
-        self._copying = held
-
-
 @pytest.mark.parametrize(
     "rules",
     [
-        MarksOnlyAfterTheWrite,
-        MarksOnlyAfterTheWriteButCounts,
-        MarksTwiceAndClearsOnSettle,
-        CopiesTwiceAtOnce,
-        TakesWhileWriting,
-        ForgetsAFailure,
-        RetiresOnSettle,
-        RetiresOnAnyFlush,
-        RetiresWhatIsDirtyAgain,
-        ForgetsTheLoss,
-        ForgetsTheFlushThatFailed,
-        BelievesCopiesUnderWayAtTheLoss,
+        weaker_rules.MarksOnlyAfterTheWrite,
+        weaker_rules.MarksOnlyAfterTheWriteButCounts,
+        weaker_rules.MarksTwiceAndClearsOnSettle,
+        weaker_rules.CopiesTwiceAtOnce,
+        weaker_rules.TakesWhileWriting,
+        weaker_rules.ForgetsAFailure,
+        weaker_rules.RetiresOnSettle,
+        weaker_rules.RetiresOnAnyFlush,
+        weaker_rules.RetiresWhatIsDirtyAgain,
+        weaker_rules.ForgetsTheLoss,
+        weaker_rules.ForgetsTheFlushThatFailed,
+        weaker_rules.BelievesCopiesUnderWayAtTheLoss,
     ],
 )
 def test_no_rule_can_be_softer(rules: type[SyncState]) -> None:
     """By the content of the disks alone: the walk is not told the rules here, only what they are for."""
-    walk = Walk(rules, strict=False).run()
+    walk = Walk(beginnings(rules, strict=False)).run()
     assert walk.violation is not None, f"{rules.__name__} got through {walk.states} states"
-
-
-# --- many chunks -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Write:
-    """A guest's write in flight."""
-
-    first: int
-    end: int
-    changed: bool = False
-
-
-@dataclass(eq=False)
-class Copy:
-    """A run that was taken; `content` once it was read, `sent` once the target has it."""
-
-    first: int
-    end: int
-    content: list[int] | None = None
-    sent: bool = False
-
-
-class MirrorMachine(RuleBasedStateMachine):
-    """The same model over several chunks at once, with runs that overlap in every way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.writes: list[Write] = []
-        self.copies: list[Copy] = []
-        self.flushing: list[set[int]] | None = None
-        self.last_content = ORIGINAL
-
-    @initialize(chunks=st.integers(1, 12), tail=st.integers(1, CHUNK), dirty=st.booleans())
-    def make(self, chunks: int, tail: int, dirty: bool) -> None:
-        bitmap = DirtyBitmap((chunks - 1) * CHUNK + tail, CHUNK)
-        if dirty:
-            bitmap.fill()
-        self.state = SyncState(bitmap)
-        self.chunks, self.tail = chunks, tail
-        self.source = [ORIGINAL] * chunks
-        self.cached = [{GARBAGE if dirty else ORIGINAL} for _ in range(chunks)]
-        self.durable = [set(contents) for contents in self.cached]
-        self.record = [dirty] * chunks
-
-    def span(self, at: int, length: int) -> tuple[int, int]:
-        """A run of at least one chunk, for any two numbers."""
-        first = at % self.chunks
-        return first, min(first + 1 + length, self.chunks)
-
-    # --- the guest
-
-    @rule(at=st.integers(0, 11), length=st.integers(0, 4))
-    def begin_write(self, at: int, length: int) -> None:
-        first, end = self.span(at, length)
-        self.state.write_begins(first, end)
-        self.record[first:end] = [True] * (end - first)
-        self.writes.append(Write(first, end))
-
-    @precondition(lambda self: self.writes)
-    @rule(which=st.integers(0, 5))
-    def change_disk(self, which: int) -> None:
-        write = self.writes[which % len(self.writes)]
-        self.last_content += 1
-        self.source[write.first : write.end] = [self.last_content] * (write.end - write.first)
-        write.changed = True
-
-    @precondition(lambda self: self.writes)
-    @rule(which=st.integers(0, 5))
-    def end_write(self, which: int) -> None:
-        write = self.writes.pop(which % len(self.writes))
-        self.state.write_ends(write.first, write.end)
-
-    @rule(at=st.integers(0, 11), length=st.integers(0, 4))
-    def write_at_once(self, at: int, length: int) -> None:
-        self.begin_write(at, length)
-        self.change_disk(len(self.writes) - 1)
-        self.end_write(len(self.writes) - 1)
-
-    # --- copies
-
-    @rule(most=st.integers(1, 6))
-    def take(self, most: int) -> None:
-        spans = [(each.first, each.end) for each in self.writes] + [(each.first, each.end) for each in self.copies]
-        busy = {chunk for first, end in spans for chunk in range(first, end)}
-        ready = {chunk for chunk in range(self.chunks) if self.state.dirty.is_dirty(chunk)} - busy
-        run = self.state.take(most)
-        if run is None:
-            assert not ready
-            return
-        first, end = run
-        assert 0 < end - first <= most
-        assert set(range(first, end)) <= ready
-        assert not self.state.dirty.next_run(first, end)
-        self.copies.append(Copy(first, end))
-
-    @precondition(lambda self: self.copies)
-    @rule(which=st.integers(0, 3))
-    def read_source(self, which: int) -> None:
-        copied = self.copies[which % len(self.copies)]
-        if copied.content is None:
-            copied.content = self.source[copied.first : copied.end]
-
-    @precondition(lambda self: self.copies)
-    @rule(which=st.integers(0, 3))
-    def send(self, which: int) -> None:
-        copied = self.copies[which % len(self.copies)]
-        if copied.content is not None and not copied.sent:
-            self.write_target(copied.first, copied.content)
-            copied.sent = True
-
-    def write_target(self, first: int, contents: list[int]) -> None:
-        for chunk, content in enumerate(contents, first):
-            self.cached[chunk] = {content}
-            self.durable[chunk].add(content)
-            if self.flushing is not None:
-                self.flushing[chunk].add(content)
-
-    @precondition(lambda self: self.copies)
-    @rule(which=st.integers(0, 3))
-    def settle(self, which: int) -> None:
-        """Done, or failed wherever it had got to."""
-        copied = self.copies.pop(which % len(self.copies))
-        self.state.settle(copied.first, copied.end, copied=copied.sent)
-
-    @precondition(lambda self: self.copies)
-    @rule(which=st.integers(0, 3))
-    def fail(self, which: int) -> None:
-        """The target breaks off in the middle of the write."""
-        copied = self.copies.pop(which % len(self.copies))
-        self.write_target(copied.first, [GARBAGE] * (copied.end - copied.first))
-        self.state.settle(copied.first, copied.end, copied=False)
-
-    # --- the target
-
-    @precondition(lambda self: self.flushing is None)
-    @rule()
-    def begin_flush(self) -> None:
-        self.state.flush_begins()
-        self.flushing = [set(contents) for contents in self.cached]
-
-    @precondition(lambda self: self.flushing is not None)
-    @rule()
-    def end_flush(self) -> None:
-        assert self.flushing is not None
-        self.durable, self.flushing = self.flushing, None
-        for first, end in self.state.flush_ends():
-            self.record[first:end] = [False] * (end - first)
-
-    @rule()
-    def lose_cache(self) -> None:
-        self.state.target_lost()
-        self.flushing = None
-        self.cached = [set(contents) for contents in self.durable]
-
-    # --- what must hold
-
-    @invariant()
-    def what_differs_is_on_record(self) -> None:
-        for chunk in range(self.chunks):
-            on_record = self.state.is_recorded(chunk)
-            assert self.record[chunk] or not on_record
-            if self.cached[chunk] | self.durable[chunk] != {self.source[chunk]}:
-                assert on_record
-
-    @invariant()
-    def synced_means_the_same(self) -> None:
-        dirty = [chunk for chunk in range(self.chunks) if self.state.dirty.is_dirty(chunk)]
-        copying = [chunk for run in self.copies for chunk in range(run.first, run.end)]
-        assert self.state.is_synced == (not dirty and not copying)
-        assert self.state.remaining_bytes == sum(
-            self.tail if chunk == self.chunks - 1 else CHUNK for chunk in (*dirty, *copying)
-        )
-        if self.state.is_synced:
-            assert self.cached == [{content} for content in self.source]
-
-    def teardown(self) -> None:
-        """From wherever it was left: finish, copy, flush, compare."""
-        while self.writes:
-            self.change_disk(0)
-            self.end_write(0)
-        while self.copies:
-            self.read_source(0)
-            self.send(0)
-            self.settle(0)
-        if self.flushing is not None:
-            self.end_flush()
-        for _ in range(self.chunks):
-            self.take(self.chunks)
-            if not self.copies:
-                break
-            self.read_source(0)
-            self.send(0)
-            self.settle(0)
-        self.begin_flush()
-        self.end_flush()
-        assert self.state.is_synced
-        assert self.durable == self.cached == [{content} for content in self.source]
-        assert not any(self.record)
-        assert not any(self.state.is_recorded(chunk) for chunk in range(self.chunks))
-
-
-MirrorMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestMirrorMachine = MirrorMachine.TestCase

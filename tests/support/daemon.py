@@ -39,7 +39,12 @@ CLI_SECONDS: Final = 20.0
 _PYTHON: Final = [sys.executable, "-P", "-m", "nbdmirror"]
 
 
-def _environment(env: Mapping[str, str] | None) -> dict[str, str]:
+def doomed(point: str) -> list[str]:
+    """The program with something wrong at a point: see `tests.support.doomed`."""
+    return [sys.executable, "-P", "-m", "tests.support.doomed", point]
+
+
+def environment(env: Mapping[str, str] | None) -> dict[str, str]:
     root = str(Path(nbdmirror.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": root, **(env or {})}
 
@@ -50,15 +55,19 @@ def run_cli(
     env: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
+    program: Sequence[str] = _PYTHON,
 ) -> subprocess.CompletedProcess[str]:
-    """`nbdmirror ARGS`, to its end; `prefix` is a command that runs it, `env` is added to the environment."""
+    """`nbdmirror ARGS`, to its end; `prefix` is a command that runs it, `env` is added to the environment.
+
+    `program` is a command that stands in for `nbdmirror`.
+    """
     return subprocess.run(
-        [*prefix, *_PYTHON, *map(str, args)],
+        [*prefix, *program, *map(str, args)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=_environment(env),
+        env=environment(env),
         pass_fds=pass_fds,
         check=False,
     )
@@ -159,18 +168,20 @@ def serving(
     env: Mapping[str, str] | None = None,
     prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
+    program: Sequence[str] = _PYTHON,
 ) -> Iterator[Daemon]:
     """`nbdmirror OPTIONS serve DISK ... ARGS`, ready.
 
     It listens on `socket`, or on one in a directory of its own, or with `tcp` where ARGS say; `qmp` adds a control socket.
     `prefix` is a command that runs it, and becomes it.
+    `program` is a command that stands in for `nbdmirror`.
     """
     # Not pytest's tmp_path: its name is often too long for a socket's path.
     with tempfile.TemporaryDirectory(prefix="nbdm-") as name:
         directory = Path(name)
         path = None if tcp else socket or directory / "nbd"
         control = directory / "qmp" if qmp else None
-        argv = [*prefix, *_PYTHON, *options, "serve", str(disk)]
+        argv = [*prefix, *program, *options, "serve", str(disk)]
         argv += ["-k", str(path)] if path else []
         argv += ["--qmp", str(control)] if control else []
         log = directory / "log"
@@ -180,7 +191,7 @@ def serving(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=_environment(env),
+                env=environment(env),
                 pass_fds=pass_fds,
             )
         with process:

@@ -70,6 +70,12 @@ class Peer:
             signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
         return self.wait()
 
+    def vacated(self) -> NbdEndpoint:
+        """Where it listened before it was killed, free to be listened on again."""
+        if self.endpoint.socket:
+            Path(self.endpoint.socket).unlink(missing_ok=True)
+        return self.endpoint
+
     def stop(self) -> None:
         """See that it ends, by force if need be."""
         if not self.terminate():
@@ -91,11 +97,13 @@ def free_port() -> int:
 
 
 @contextmanager
-def qemu_nbd(path: Path, fmt: str = "raw", *, export: str = "", extra: Sequence[str] = ()) -> Iterator[Peer]:
-    """qemu-nbd over an image; it serves any number of clients, one after another or at once."""
+def qemu_nbd(
+    path: Path, fmt: str = "raw", *, export: str = "", extra: Sequence[str] = (), after: Peer | None = None
+) -> Iterator[Peer]:
+    """qemu-nbd over an image; it serves any number of clients, one after another or at once, where `after` did before."""
     require("qemu-nbd")
     with _directory() as directory:
-        endpoint = NbdEndpoint.unix(f"{directory}/sock", export)
+        endpoint = NbdEndpoint.unix(f"{directory}/sock", export) if after is None else after.vacated()
         options = ["--persistent", "--shared=0", f"--format={fmt}", f"--socket={endpoint.socket}"]
         with _running(["qemu-nbd", *options, "-x", export, *extra, str(path)], endpoint, directory) as peer:
             yield peer
@@ -103,17 +111,21 @@ def qemu_nbd(path: Path, fmt: str = "raw", *, export: str = "", extra: Sequence[
 
 @contextmanager
 def nbdkit(
-    plugin: str, *args: str, filters: Sequence[str] = (), extra: Sequence[str] = (), tcp: bool = False
+    plugin: str,
+    *args: str,
+    filters: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    tcp: bool = False,
+    after: Peer | None = None,
 ) -> Iterator[Peer]:
-    """nbdkit with a plugin and its (and the filters') arguments."""
+    """nbdkit with a plugin and its (and the filters') arguments; it listens where `after` did before."""
     require("nbdkit")
     with _directory() as directory:
-        if tcp:
-            endpoint = NbdEndpoint.tcp("127.0.0.1", free_port())
-            where = ["-i", endpoint.host, "-p", str(endpoint.port)]
+        if after is not None:
+            endpoint = after.vacated()
         else:
-            endpoint = NbdEndpoint.unix(f"{directory}/sock")
-            where = ["-U", endpoint.socket]
+            endpoint = NbdEndpoint.tcp("127.0.0.1", free_port()) if tcp else NbdEndpoint.unix(f"{directory}/sock")
+        where = ["-U", endpoint.socket] if endpoint.socket else ["-i", endpoint.host, "-p", str(endpoint.port)]
         options = ["--foreground", *where, *(f"--filter={name}" for name in filters), *extra]
         with _running(["nbdkit", *options, plugin, *args], endpoint, directory) as peer:
             yield peer

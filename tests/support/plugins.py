@@ -40,19 +40,10 @@ _CONTROL_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Plugin:
-    """A plugin that nbdkit runs."""
+class Control:
+    """The control socket of a plugin."""
 
-    peer: peers.Peer
     control: Path
-
-    @property
-    def endpoint(self) -> NbdEndpoint:
-        return self.peer.endpoint
-
-    @property
-    def uri(self) -> str:
-        return self.peer.endpoint.uri
 
     def ask(self, command: str) -> Any:
         """The answer of a command that has to succeed."""
@@ -63,6 +54,21 @@ class Plugin:
     def hits(self) -> int:
         """How many requests a rule of fault.py has struck."""
         return sum(rule["hits"] for rule in self.ask("counts")["faults"])
+
+
+@dataclass(frozen=True, slots=True)
+class Plugin(Control):
+    """A plugin that nbdkit runs."""
+
+    peer: peers.Peer
+
+    @property
+    def endpoint(self) -> NbdEndpoint:
+        return self.peer.endpoint
+
+    @property
+    def uri(self) -> str:
+        return self.endpoint.uri
 
 
 def ask(control: Path, command: str) -> Any:
@@ -88,12 +94,13 @@ def _has_python() -> bool:
 
 
 @contextmanager
-def _plugin(script: str, *args: str, filters: Sequence[str]) -> Iterator[Plugin]:
+def _plugin(script: str, *args: str, filters: Sequence[str], after: Plugin | None = None) -> Iterator[Plugin]:
     require()
     with tempfile.TemporaryDirectory(prefix="nbd-") as name:
         control = Path(name) / "control"
-        with peers.nbdkit("python", str(PLUGINS / script), f"control={control}", *args, filters=filters) as peer:
-            plugin = Plugin(peer, control)
+        arguments = [str(PLUGINS / script), f"control={control}", *args]
+        with peers.nbdkit("python", *arguments, filters=filters, after=after.peer if after else None) as peer:
+            plugin = Plugin(control, peer)
             try:
                 yield plugin
             finally:
@@ -102,9 +109,9 @@ def _plugin(script: str, *args: str, filters: Sequence[str]) -> Iterator[Plugin]
 
 
 @contextmanager
-def fault(*args: str, filters: Sequence[str] = ()) -> Iterator[Plugin]:
-    """plugins/fault.py with its parameters."""
-    with _plugin("fault.py", *args, filters=filters) as plugin:
+def fault(*args: str, filters: Sequence[str] = (), after: Plugin | None = None) -> Iterator[Plugin]:
+    """plugins/fault.py with its parameters; it listens where `after` did before."""
+    with _plugin("fault.py", *args, filters=filters, after=after) as plugin:
         # The look whether it runs was a connection, too.
         until(lambda: "connect" in plugin.ask("counts")["requests"], "the first connection is counted")
         yield plugin

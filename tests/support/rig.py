@@ -15,14 +15,18 @@ import errno
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from nbdmirror.bitmap.dirty import DirtyBitmap
+from nbdmirror.bitmap.named import BitmapSet, NamedBitmap
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.devices.tracked import TrackedDevice
 from nbdmirror.errors import DeviceError
-from nbdmirror.mirror import job as job_module
-from nbdmirror.mirror import pace
-from nbdmirror.mirror.copier import CopyOptions
+from nbdmirror.mirror import flusher, pace, quiet, transfer
+from nbdmirror.mirror.copier import DEFAULT_BUFFER, CopyOptions
 from nbdmirror.mirror.job import MirrorJob
-from nbdmirror.mirror.options import MirrorOptions
+from nbdmirror.mirror.options import CopyMode, MirrorOptions
+from nbdmirror.mirror.record import Keep, Record
+from nbdmirror.mirror.trouble import OnError
+from tests.support.fake_link import FakeLink
 from tests.support.fakes import GatedDevice, Held, settled
 
 if TYPE_CHECKING:
@@ -113,10 +117,11 @@ class HeldDisk(GatedDevice):
 
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the job leaves to time passes at once; it asks for block status however short a run is, and holds no guest back."""
-    for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
+    for name, value in {"GATHER_SECONDS": 0, "RELEASE_SECONDS": 0, "LET_GO_SECONDS": 0, "CLOSE_IN_SECONDS": -1}.items():
         monkeypatch.setattr(pace, name, value)
-    monkeypatch.setattr(job_module, "_WORTH_ASKING", 0)
-    monkeypatch.setattr(job_module, "_ABANDON_SECONDS", 0.01)
+    monkeypatch.setattr(transfer, "_WORTH_ASKING", 0)
+    monkeypatch.setattr(quiet, "_ABANDON_SECONDS", 0.01)
+    monkeypatch.setattr(flusher, "_LAST_SECONDS", 0.01)
 
 
 def eio(context: str = "held") -> DeviceError:
@@ -134,23 +139,39 @@ class Rig:
         holding_source: Iterable[str] = (),
         holding_target: Iterable[str] = (),
         target_size: int | None = None,
-        sync: Literal["full", "top", "none"] = "full",
+        sync: Literal["full", "none"] = "full",
         granularity: int = CHUNK,
         requests: int = 4,
         request_size: int = CHUNK,
+        buffer: int = DEFAULT_BUFFER,
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
         flush: bool = True,
         target_is_zero: bool = False,
+        on_source_error: OnError = OnError.REPORT,
+        on_target_error: OnError = OnError.REPORT,
+        copy_mode: CopyMode = CopyMode.BACKGROUND,
+        pending_seconds: float | None = None,
+        keep: Keep | None = None,
+        marked: Iterable[int] = (),
+        linked: bool = False,
+        reconnect_seconds: float | None = None,
     ) -> None:
         self.source = HeldDisk(size, holding=holding_source, name="source")
         self.target = HeldDisk(size if target_size is None else target_size, holding=holding_target, name="target")
         if data:
             MemoryDevice.pwrite_now(self.source, data, 0)
+        self.link = FakeLink(self.target)
         self.device = TrackedDevice(self.source)
+        self.bitmaps = BitmapSet(self.device.writes_in_flight)
+        self.device.observe(self.bitmaps)
+        self.bitmap = NamedBitmap("b", DirtyBitmap(size, granularity))
+        self.bitmaps.add(self.bitmap)
+        for chunk in marked:
+            self.bitmap.bits.add_chunks(chunk, chunk + 1)
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.pivots = 0
+        self.pivots = self.seals = 0
         self.ended = False
         self._changed = asyncio.Event()
         self.job = MirrorJob(
@@ -159,13 +180,21 @@ class Rig:
             TrackedDevice(self.target),
             self.emit,
             pivot=self.pivot,
+            seal=self.seal,
             options=MirrorOptions(
                 sync=sync,
                 granularity=granularity,
                 target_is_zero=target_is_zero,
                 flush=flush,
-                copy=CopyOptions(request_size=request_size, requests=requests),
+                copy_mode=copy_mode,
+                pending_seconds=pending_seconds,
+                reconnect_seconds=reconnect_seconds,
+                on_source_error=on_source_error,
+                on_target_error=on_target_error,
+                copy=CopyOptions(request_size=request_size, requests=requests, buffer=buffer),
             ),
+            link=self.link if linked else None,
+            record=None if keep is None else Record(self.bitmap, keep),
             speed=speed,
             auto_finalize=auto_finalize,
             auto_dismiss=auto_dismiss,
@@ -184,6 +213,11 @@ class Rig:
         assert self.device.is_drained
         self.pivots += 1
         self.device.replace_below(self.target)
+        self.device.forget(self.bitmaps)
+
+    def seal(self) -> None:
+        assert self.device.is_drained
+        self.seals += 1
 
     def _on_end(self, _job: object) -> None:
         self.ended = True
@@ -224,6 +258,13 @@ class Rig:
         return {at // size for at in range(0, len(source), size) if source[at : at + size] != target[at : at + size]}
 
     def dirty(self) -> set[int]:
-        """The chunks that are marked."""
-        bits = self.job.state.dirty
-        return {chunk for chunk in range(bits.chunks) if bits.is_dirty(chunk)}
+        """The chunks that the job has marked."""
+        return _chunks(self.job.state.dirty)
+
+    def recorded(self) -> set[int]:
+        """The chunks that the named bitmap has marked."""
+        return _chunks(self.bitmap.bits)
+
+
+def _chunks(bits: DirtyBitmap) -> set[int]:
+    return {chunk for chunk in range(bits.chunks) if bits.is_dirty(chunk)}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.job import JobCommands
+from nbdmirror.commands.mirror import BlockdevMirror, DriveMirror, MirrorCommands
 from nbdmirror.devices.file import FileDevice
 from nbdmirror.devices.memory import MemoryDevice
-from nbdmirror.errors import InactiveError, NotFoundError, StateError
+from nbdmirror.errors import DeviceError, InactiveError, NotFoundError, StateError
 from nbdmirror.inventory import Inventory, Node
 from nbdmirror.server.export import Export
-from tests.support.fakes import settled
+from nbdmirror.server.nbd_server import BlockExport
+from tests.support.fakes import GatedDevice, settled
 from tests.support.rig import HeldDisk
 
 if TYPE_CHECKING:
@@ -39,9 +42,10 @@ class Rigged:
     def __init__(self, source: BlockDevice | None = None) -> None:
         self.inventory = Inventory()
         self.source = self.add("source", source)
-        self.export = self.inventory.exports[""] = Export("", self.source.device)
+        self.export = Export("", self.source.device)
+        self.inventory.exports["default"] = BlockExport("default", self.export, "nbd+unix:///?socket=/s")
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.jobs = JobCommands(self.inventory, lambda event, data: self.events.append((event, data)))
+        self.mirrors = MirrorCommands(self.inventory, lambda event, data: self.events.append((event, data)))
         self.blocks = BlockCommands(self.inventory)
 
     def add(self, name: str, disk: BlockDevice | None = None, *, implicit: bool = False) -> Node:
@@ -110,6 +114,20 @@ async def test_node_in_use_is_not_removed() -> None:
     assert "other" not in rig.inventory.nodes
 
 
+async def test_node_with_a_write_in_flight_is_not_removed() -> None:
+    """As a client leaves behind that was hung up on."""
+    rig = Rigged()
+    disk = GatedDevice(SIZE)
+    other = rig.add("other", disk)
+    writing = asyncio.create_task(other.device.pwrite(b"x", 0))
+    held = await disk.next()
+    with pytest.raises(StateError, match=r"^Node other is in use$"):
+        await rig.inventory.remove_node("other")
+    held.finish()
+    await writing
+    await rig.inventory.remove_node("other")
+
+
 async def test_pivot_exchanges_the_disks_under_the_filter() -> None:
     rig = Rigged()
     target = rig.add("target")
@@ -117,7 +135,7 @@ async def test_pivot_exchanges_the_disks_under_the_filter() -> None:
     async with device.drained():
         rig.inventory.pivot(rig.source, target)
     assert rig.export.device is device is target.device
-    assert rig.inventory.node_of(rig.export) is target
+    assert rig.inventory.node_of(rig.export.device) is target
     assert rig.inventory.is_exported(target)
     assert not rig.inventory.is_exported(rig.source)
     await device.pwrite(b"new", 0)
@@ -161,7 +179,7 @@ def test_jobs() -> None:
 async def test_mirror_and_complete_between_two_nodes() -> None:
     rig = Rigged()
     target = rig.add("target")
-    rig.jobs.blockdev_mirror(job_id="j", device="source", target="target", sync="full")
+    rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="full"))
     assert (rig.source.users, target.users) == ({"mirror source"}, {"mirror target"})
     while not rig.inventory.jobs["j"].is_ready:
         await asyncio.sleep(0)
@@ -173,6 +191,35 @@ async def test_mirror_and_complete_between_two_nodes() -> None:
     assert not cast("Closing", target.disk).closed
     await rig.inventory.remove_node("source")
     assert cast("Closing", rig.source.disk).closed
+
+
+async def test_completing_in_place_seals_the_source() -> None:
+    rig = Rigged()
+    target = rig.add("target")
+    rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="full"))
+    while not rig.inventory.jobs["j"].is_ready:
+        await asyncio.sleep(0)
+    await rig.export.device.pwrite(b"last", 0)
+    JobCommands(rig.inventory).job_complete("j", x_pivot=False)
+    await rig.ended("j")
+    assert rig.export.device is rig.source.device
+    assert rig.export.read_only
+    assert rig.source.is_read_only
+    assert cast("Closing", target.disk).data == cast("Closing", rig.source.disk).data
+    for write in (rig.export.device.pwrite(b"x", 0), rig.export.device.zero(0, 1), rig.export.device.trim(0, 1)):
+        with pytest.raises(DeviceError) as caught:
+            await write
+        assert caught.value.errno == errno.EPERM
+    with pytest.raises(DeviceError):
+        rig.export.device.pwrite_now(b"x", 0)
+    buffer = bytearray(4)
+    await rig.export.device.pread(buffer, 0)
+    assert buffer == b"last"
+    await rig.export.device.flush()
+    rig.add("third")
+    rig.inventory.exports.clear()
+    with pytest.raises(StateError, match=r"^Block node is read-only$"):
+        rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="k", device="third", target="source", sync="full"))
 
 
 @pytest.mark.parametrize(
@@ -191,13 +238,13 @@ async def test_mirror_and_complete_between_two_nodes() -> None:
 )
 async def test_mirrors_that_would_disturb_each_other(device: str, target: str, text: str) -> None:
     rig = Rigged()
-    rig.inventory.exports["shown"] = Export("shown", rig.add("shown").device)
+    rig.inventory.exports["shown"] = BlockExport("shown", Export("shown", rig.add("shown").device), "")
     rig.add("fixed", MemoryDevice(SIZE, read_only=True))
     for name in ("target", "other", "third"):
         rig.add(name)
-    rig.jobs.blockdev_mirror(job_id="j", device="source", target="target", sync="full", speed=1)
+    rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="full", speed=1))
     with pytest.raises((StateError, NotFoundError)) as caught:
-        rig.jobs.blockdev_mirror(job_id="k", device=device, target=target, sync="full")
+        rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="k", device=device, target=target, sync="full"))
     assert str(caught.value) == text
     assert list(rig.inventory.jobs) == ["j"]
     rig.inventory.jobs["j"].cancel()
@@ -209,9 +256,9 @@ async def test_ids_that_can_not_be(job_id: str | None) -> None:
     rig = Rigged()
     for name in ("target", "third", "other"):
         rig.add(name)
-    rig.jobs.blockdev_mirror(job_id="j", device="source", target="target", sync="none")
+    rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="none"))
     with pytest.raises(StateError):
-        rig.jobs.blockdev_mirror(job_id=job_id, device="third", target="other", sync="none")
+        rig.mirrors.blockdev_mirror(BlockdevMirror(job_id=job_id, device="third", target="other", sync="none"))
     assert rig.inventory.node("third").users == rig.inventory.node("other").users == set()
     rig.inventory.jobs["j"].cancel()
     await rig.ended("j")
@@ -224,10 +271,10 @@ async def test_target_that_still_works_for_a_job_that_has_ended() -> None:
     late = asyncio.ensure_future(target.device.pwrite(b"late", 0))
     held = await disk.next()
     with pytest.raises(StateError, match="still works on requests"):
-        rig.jobs.blockdev_mirror(job_id="j", device="source", target="target", sync="full")
+        rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="full"))
     held.finish()
     await late
-    rig.jobs.blockdev_mirror(job_id="j", device="source", target="target", sync="full")
+    rig.mirrors.blockdev_mirror(BlockdevMirror(job_id="j", device="source", target="target", sync="full"))
     rig.inventory.jobs["j"].cancel()
     await rig.ended("j")
 
@@ -238,7 +285,9 @@ async def test_file_by_another_name_is_the_same_file(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(path)
     rig = Rigged(FileDevice.open(path))
     with pytest.raises(StateError, match=r"^Can't mirror node into itself$"):
-        await rig.jobs.drive_mirror(job_id="j", device="source", target=str(tmp_path / "link"), sync="full", mode="existing")
+        await rig.mirrors.drive_mirror(
+            DriveMirror(job_id="j", device="source", target=str(tmp_path / "link"), sync="full", mode="existing")
+        )
     assert list(rig.inventory.nodes) == ["source"]
     await rig.source.disk.aclose()
 
@@ -247,7 +296,7 @@ async def test_target_opened_for_the_job_is_closed_with_it(tmp_path: Path) -> No
     path = tmp_path / "disk"
     path.write_bytes(bytes(SIZE))
     rig = Rigged()
-    await rig.jobs.drive_mirror(job_id="j", device="source", target=str(path), sync="full", mode="existing")
+    await rig.mirrors.drive_mirror(DriveMirror(job_id="j", device="source", target=str(path), sync="full", mode="existing"))
     assert set(rig.inventory.nodes) == {"source", "#node001"}
     rig.inventory.jobs["j"].cancel()
     await rig.ended("j")
@@ -261,10 +310,9 @@ async def test_two_targets_of_one_name_at_once(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(bytes(SIZE))
 
     def mirror(job_id: str, device: str, path: str) -> asyncio.Future[None]:
-        work = rig.jobs.drive_mirror(
-            job_id=job_id, device=device, target=str(tmp_path / path), node_name="same", sync="none", mode="existing"
-        )
-        return asyncio.ensure_future(work)
+        target = str(tmp_path / path)
+        wanted = DriveMirror(job_id=job_id, device=device, target=target, node_name="same", sync="none", mode="existing")
+        return asyncio.ensure_future(rig.mirrors.drive_mirror(wanted))
 
     results = await asyncio.gather(mirror("j", "source", "a"), mirror("k", "third", "b"), return_exceptions=True)
     assert [str(result) for result in results if result is not None] == ["Duplicate nodes with node-name='same'"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from bitarray import bitarray
 
@@ -263,9 +265,73 @@ def test_what_is_being_written_stays_on_record_by_itself() -> None:
 def test_recorder_turns_bytes_into_chunks_and_wakes() -> None:
     state = SyncState(bitmap())
     woken: list[tuple[int, int] | None] = []
-    recorder = WriteRecorder(state, lambda: woken.append(state.take(10)))
+    recorder = WriteRecorder(state, lambda: woken.append(state.take(10)), lambda _first, _end: None)
     recorder.write_begins(GRAIN - 1, 2)
     assert dirty_chunks(state.dirty) == [0, 1]
     assert woken == []
     recorder.write_ends(GRAIN - 1, 2)
     assert woken == [(0, 2)]
+
+
+def test_memory_is_a_bit_per_chunk_and_hardly_more() -> None:
+    tracemalloc.start()
+    try:
+        made = DirtyBitmap(16 << 40, 65536)
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert made.chunks / 8 <= used <= made.chunks / 8 * 1.01
+
+
+# --- bits in place ---------------------------------------------------------------------------------------------------
+
+
+def in_place(size: int, content: bytes) -> tuple[DirtyBitmap, bytearray]:
+    place = bytearray(content)
+    return DirtyBitmap(size, GRAIN, bitarray(buffer=memoryview(place), endian="little")), place
+
+
+def test_bits_in_place_are_those_of_the_place() -> None:
+    made, place = in_place(11 * GRAIN - 1, b"\x81\x04")
+    assert (made.chunks, made.count, made.dirty_bytes, dirty_chunks(made)) == (11, 3, 3 * GRAIN - 1, [0, 7, 10])
+    assert list(made.runs()) == [(0, 1), (7, 8), (10, 11)]
+    made.add(GRAIN, GRAIN)
+    made.discard(10 * GRAIN, GRAIN)
+    assert place == b"\x83\x00"
+    assert made.dirty_bytes == 3 * GRAIN
+    made.fill()
+    assert place == b"\xff\x07"
+    assert made.count == 11
+    others = bitarray(11, endian="little")
+    others.setall(1)
+    made.discard_chunks(3, 4)
+    made.mask_clean(others)
+    assert others.count() == 1
+    made.clear()
+    assert place == b"\x00\x00"
+
+
+def test_place_without_bits() -> None:
+    made, _ = in_place(0, b"")
+    made.fill()
+    assert (made.count, made.dirty_bytes, list(made.runs())) == (0, 0, [])
+
+
+def test_growth_is_told_of_new_marks_alone() -> None:
+    made, _ = in_place(10 * GRAIN, b"\x01\x00")
+    assert made.grown  # what was there may not be durable
+    made.grown = False
+    made.add(0, 1)
+    made.discard(0, GRAIN)
+    made.add_chunks(3, 3)
+    assert not made.grown
+    made.add(0, 1)
+    assert made.grown
+    made.grown = False
+    made.add(0, 2 * GRAIN)
+    assert made.grown
+    made.grown = False
+    made.add(0, 2 * GRAIN)
+    made.clear()
+    assert not made.grown
+    assert not DirtyBitmap(GRAIN, GRAIN).grown

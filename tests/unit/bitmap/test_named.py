@@ -83,3 +83,46 @@ def test_write_in_flight_counts_after_a_clear_and_for_who_starts_to_record() -> 
     assert [list(bitmap.bits.runs()) for bitmap in (early, late)] == [[(1, 3)], []]
     bitmaps.record(late)
     assert list(late.bits.runs()) == [(1, 3)]
+
+
+def test_removal_taken_back_leaves_all_as_it_was() -> None:
+    bitmaps = BitmapSet(lambda: ())
+    for name in "abc":
+        bitmaps.add(made(name))
+    middle = bitmaps.get("b")
+    assert middle is not None
+    place = bitmaps.remove(middle)
+    bitmaps.write_begins(0, 1)
+    bitmaps.put_back(middle, place)
+    bitmaps.write_begins(GRAIN, 1)
+    assert [(each.name, list(each.bits.runs())) for each in bitmaps] == [("a", [(0, 2)]), ("b", [(1, 2)]), ("c", [(0, 2)])]
+
+
+def test_clearing_makes_a_bitmap_consistent_that_goes_on_as_it_was_meant_to() -> None:
+    bitmaps = BitmapSet(lambda: [(GRAIN, 1)])
+    meant_to_record, disabled = made("a", inconsistent=True), made("b", inconsistent=True, recording=False)
+    for bitmap in (meant_to_record, disabled):
+        bitmap.bits.fill()
+        bitmaps.add(bitmap)
+        assert not bitmap.recording
+    bitmaps.write_begins(0, 1)
+    for bitmap in (meant_to_record, disabled):
+        bitmaps.clear(bitmap)
+        bitmap.check_usable()
+    assert (meant_to_record.recording, disabled.recording) == (True, False)
+    assert [list(bitmap.bits.runs()) for bitmap in bitmaps] == [[(1, 2)], []]
+    bitmaps.write_begins(0, 1)
+    assert [bitmap.bits.count for bitmap in bitmaps] == [2, 0]
+
+
+def test_who_keeps_a_bitmap_hears_of_its_changes() -> None:
+    bitmaps, bitmap = BitmapSet(list), made()
+    heard: list[bool] = []
+    bitmap.on_change = lambda: heard.append(bitmap.recording)
+    bitmaps.add(bitmap)
+    bitmaps.stop_recording(bitmap)
+    bitmaps.record(bitmap)
+    bitmaps.clear(bitmap)
+    assert heard == [True, False, True, True]
+    bitmaps.write_begins(0, 1)
+    assert len(heard) == 4

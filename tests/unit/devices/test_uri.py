@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdmirror.devices.uri import NbdEndpoint, looks_like_uri, parse_endpoint
+from nbdmirror.devices.uri import ClientTls, NbdEndpoint, looks_like_uri, parse_endpoint
 from nbdmirror.errors import UsageError
 from nbdmirror.sockets import MAX_SOCKET_PATH
 
@@ -32,16 +32,18 @@ UNIX = NbdEndpoint.unix
         ("nbd://[::1]/x", TCP("::1", export="x")),
         ("nbd://[fe80::1%25eth0]:7/x", TCP("fe80::1%eth0", 7, "x")),
         ("nbd://h/x?x-debug=1&x-other", TCP("h", export="x")),
-        ("nbds://me@h/x", NbdEndpoint("tcp", "h", 10809, export="x", tls=True, tls_username="me")),
+        ("nbds://me@h/x", NbdEndpoint("tcp", "h", 10809, export="x", tls=ClientTls(username="me"))),
         (
             "nbds://h/?tls-certificates=/etc/pki&tls-verify-peer=1&tls-hostname=other",
-            NbdEndpoint("tcp", "h", 10809, tls=True, tls_certificates="/etc/pki", tls_hostname="other"),
+            NbdEndpoint("tcp", "h", 10809, tls=ClientTls(certificates="/etc/pki", hostname="other")),
         ),
         (
             "nbds://me@h/?tls-type=PSK&tls-psk-file=/k",
-            NbdEndpoint("tcp", "h", 10809, tls=True, tls_username="me", tls_psk_file="/k"),
+            NbdEndpoint("tcp", "h", 10809, tls=ClientTls(username="me", psk_file="/k")),
         ),
-        ("nbds://h/?tls-type=x509", NbdEndpoint("tcp", "h", 10809, tls=True)),
+        ("nbds://h/?tls-type=x509", NbdEndpoint("tcp", "h", 10809, tls=ClientTls())),
+        ("nbds://h/?tls-verify-peer=false", NbdEndpoint("tcp", "h", 10809, tls=ClientTls(verify=False))),
+        ("nbds://h/?tls-verify-peer=0", NbdEndpoint("tcp", "h", 10809, tls=ClientTls(verify=False))),
         ("nbd+unix:///?socket=/run/nbd.sock", UNIX("/run/nbd.sock")),
         ("nbd+unix://?socket=/run/nbd.sock", UNIX("/run/nbd.sock")),
         ("nbd+unix:///disk?socket=rel/s", UNIX("rel/s", "disk")),
@@ -50,7 +52,7 @@ UNIX = NbdEndpoint.unix
         ("nbd+unix:///?socket=/%ff", UNIX("/\udcff")),
         (
             "nbds+unix://me@/x?tls-psk-file=/keys.psk&socket=/s",
-            NbdEndpoint("unix", socket="/s", export="x", tls=True, tls_username="me", tls_psk_file="/keys.psk"),
+            NbdEndpoint("unix", socket="/s", export="x", tls=ClientTls(username="me", psk_file="/keys.psk")),
         ),
         ("nbd+vsock://3:99999/x", NbdEndpoint("vsock", "3", 99999, export="x")),
         ("nbd+vsock:///x", NbdEndpoint("vsock", "2", 10809, export="x")),
@@ -75,11 +77,13 @@ def test_what_is_understood(text: str, endpoint: NbdEndpoint) -> None:
         ("nbd://h/x?socket=/s", "nbd+unix:///"),
         ("nbds://h/?tls-certficates=/etc", "unknown parameter 'tls-certficates'"),
         ("nbd://h/?tls-certificates=/etc", "nbds://"),
-        ("nbds://h/?tls-verify-peer=0", "always verified"),
         ("nbds://h/?tls-type=anon", "tls-type=anon is not possible"),
         ("nbds://h/?tls-type=psk", "tls-psk-file=FILE"),
         ("nbds://h/?tls-type=x509&tls-psk-file=/k", "tls-type=x509 is not possible"),
         ("nbd://h/?tls-type=x509", "nbds://"),
+        ("nbds://h/?tls-verify-peer=never", "true or false"),
+        ("nbds://h/?tls-verify-peer=", "true or false"),
+        ("nbd://h/?tls-verify-peer=0", "nbds://"),
         ("nbd+unix:///?socket=/a&socket=/b", "given twice"),
         ("nbd://h:0/", "0 is not a port"),
         ("nbd://h:70000/", "70000 is not a port"),
@@ -132,9 +136,12 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 paths = names.filter(lambda text: 0 < len(text.encode()) <= MAX_SOCKET_PATH)
 
 
-@given(path=paths, export=names, user=names, psk=names, tls=st.booleans())
-def test_the_uri_of_a_unix_endpoint_reads_back(path: str, export: str, user: str, psk: str, tls: bool) -> None:
-    endpoint = NbdEndpoint("unix", socket=path, export=export, tls=tls, tls_username=user, tls_psk_file=psk if tls else "")
+credentials = st.builds(ClientTls, names, psk_file=names, username=names, hostname=names, verify=st.booleans())
+
+
+@given(path=paths, export=names, tls=st.none() | credentials)
+def test_the_uri_of_a_unix_endpoint_reads_back(path: str, export: str, tls: ClientTls | None) -> None:
+    endpoint = NbdEndpoint("unix", socket=path, export=export, tls=tls)
     assert parse_endpoint(endpoint.uri) == endpoint
 
 

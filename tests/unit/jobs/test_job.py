@@ -44,11 +44,12 @@ class TinyJob(Job):
         self._become_ready()
         while not self.may_end:
             await self._step()
-        await self.conclude()
+        self.pend()
+        await self.finalized(None)
         self.succeed()
 
     async def _step(self) -> None:
-        await self._woken()
+        await self.woken()
         if self.failure is not None:
             raise self.failure
         await self.pause_point()

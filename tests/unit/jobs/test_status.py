@@ -29,6 +29,7 @@ VERBS = {
     "complete": "ready standby",
     "finalize": "pending",
     "dismiss": "concluded",
+    "change": "created running paused ready standby",
 }
 
 

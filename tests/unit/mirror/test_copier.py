@@ -9,9 +9,10 @@ import pytest
 from nbdmirror.devices.memory import MemoryDevice
 from nbdmirror.errors import DeviceError
 from nbdmirror.extents import DATA, HOLE, ZERO, ExtentList
-from nbdmirror.mirror.copier import MOST_ZERO, Copier, CopyFailed, CopyOptions
+from nbdmirror.mirror.copier import MOST_ZERO, Copier, CopyOptions
 from nbdmirror.mirror.plan import Unit, plan
 from nbdmirror.mirror.progress import Progress
+from nbdmirror.mirror.trouble import CopyFailed
 from nbdmirror.mirror.zero_map import ZeroMap
 from nbdmirror.protocol.constants import NO_HOLE
 from nbdmirror.units import GiB, KiB, MiB
@@ -242,3 +243,37 @@ def test_geometry_is_whole_chunks() -> None:
     bounds = copier.geometry(64 * MiB)
     assert bounds.unit == 64 * MiB
     assert copier.geometry(GiB).most_zero == GiB
+
+
+async def test_many_short_zeroes_among_data_travel_as_data() -> None:
+    """But not where the target is known to read as zero, nor long ones, nor at the ends."""
+    length, block = 256 * KiB, 4 * KiB
+    pattern = bytes(block) + (b"d" * block + bytes(block)) * 11 + bytes(64 * KiB) + b"d" * 4 * block + bytes(length)
+    for known_zero in (False, True):
+        rig = Rigged(size=length, request_size=length)
+        rig.fill(pattern[:length])
+        if known_zero:
+            MemoryDevice.pwrite_now(rig.target, bytes(length), 0)
+            rig.map.set_zero(0, length)
+        await rig.copy()
+        assert rig.target.data == rig.source.data
+        last = 24 * block + 64 * KiB - block
+        assert (rig.sent("pwrite") == [(block, 21 * block), (last, 4 * block)]) is not known_zero
+        assert len(rig.sent("pwrite")) == (12 if known_zero else 2)
+
+
+async def test_little_is_in_flight_to_a_target_that_answers_quickly() -> None:
+    rig = Rigged()
+    rig.fill(b"d" * SIZE)
+    assert rig.copier.buffer < CopyOptions().buffer, "before anything is known"
+    await rig.copy()
+    assert rig.copier.buffer < CopyOptions().buffer
+
+
+def test_all_that_is_allowed_is_in_flight_to_a_target_that_is_far_away() -> None:
+    rig = Rigged()
+    for _ in range(8):
+        rig.copier.note_write(0.05)
+    assert rig.copier.buffer == CopyOptions().buffer
+    rig.copier.note_write(0.001)
+    assert rig.copier.buffer < CopyOptions().buffer

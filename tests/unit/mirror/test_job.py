@@ -180,7 +180,7 @@ async def test_chunks_are_no_smaller_than_the_blocks_of_either_disk(side: str) -
     rig = Rig(data=FULL, granularity=512)
     getattr(rig, side).with_blocks(2048)
     source = TrackedDevice(rig.source)
-    job = MirrorJob("j", source, rig.target, rig.emit, pivot=rig.pivot, options=MirrorOptions(granularity=512))
+    job = MirrorJob("j", source, rig.target, rig.emit, pivot=rig.pivot, seal=rig.seal, options=MirrorOptions(granularity=512))
     assert job.state.dirty.granularity == 2048
 
 

@@ -42,14 +42,19 @@ async def test_len_grows_with_what_is_rewritten() -> None:
 async def test_account_of_a_hollow_disk() -> None:
     rig = Rig(data=b"d" * CHUNK, target_is_zero=True)
     await rig.ready()
-    assert rig.job.statistics() == {
+    expected = {
+        "x-phase": "follow",
+        "x-converges": True,
         "x-bytes-read": CHUNK,
         "x-bytes-sent": CHUNK,
         "x-bytes-zeroed": 0,
         "x-bytes-skipped": SIZE - CHUNK,
+        "x-bytes-filled": 0,
         "x-dirty-bytes": 0,
         "x-in-flight": 0,
+        "x-errors": 0,
     }
+    assert rig.job.statistics() == expected
     assert rig.target.named("zero") == []
     assert rig.target.named("extents") == []
     await completed(rig)
@@ -99,3 +104,17 @@ async def test_what_waits_for_the_rate_limit_can_be_stopped(verb: str) -> None:
     await rig.until("null")
     assert rig.differing() <= rig.dirty()
     assert len(rig.dirty()) == 7
+
+
+@pytest.mark.parametrize(("request_size", "buffer", "most"), [(CHUNK, 2 * CHUNK, 2), (CHUNK, 1, 1), (2 * CHUNK, 5 * CHUNK, 2)])
+async def test_data_in_flight_is_bounded(request_size: int, buffer: int, most: int) -> None:
+    rig = Rig(data=FULL, holding_target={"pwrite"}, requests=16, request_size=request_size, buffer=buffer)
+    rig.start()
+    await rig.target.next()
+    await settled()
+    held = [call for call in rig.target.calls if call.is_held]
+    assert len(held) == most
+    assert sum(call.length for call in held) <= max(buffer, CHUNK)
+    await rig.release()
+    await rig.until("BLOCK_JOB_READY")
+    await completed(rig)

@@ -342,7 +342,7 @@ async def test_rate_limit_does_not_lengthen_a_hold(monkeypatch: pytest.MonkeyPat
     rig.job.set_speed(1)
     monkeypatch.setattr(rig.job, "_pause_wanted", False)
     async with asyncio.timeout(BOUND):
-        await rig.job._sweep(deadline=1e18)
+        await rig.job._transfer.sweep_held(1e18, 0)
     assert rig.target.data == rig.source.data
     monkeypatch.undo()
     rig.job.cancel()
@@ -355,8 +355,19 @@ async def test_turn_that_ends_with_requests_in_flight_is_not_the_end(monkeypatch
     rig = Rig(data=FULL, holding_target={"pwrite"}, requests=16)
     rig.job.state.dirty.fill()
     async with asyncio.timeout(BOUND):
-        assert not await rig.job._close_in()
+        assert not await rig.job._convergence._close_in()
     assert len(rig.target.named("pwrite")) == 8, "all of it was begun"
     assert not rig.device.is_drained
     await rig.release()
     assert rig.job.state.is_synced
+
+
+async def test_job_that_is_to_pause_holds_no_guest_turn_after_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "CLOSE_IN_TURNS", 10**9)
+    monkeypatch.setattr(pace, "CLOSING_IN", 2)
+    rig = Rig(data=FULL)
+    rig.job.state.dirty.fill()
+    rig.job._pause_wanted = True
+    async with asyncio.timeout(BOUND):
+        assert not await rig.job._convergence._close_in()
+    assert rig.target.calls == []

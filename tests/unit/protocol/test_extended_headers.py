@@ -214,7 +214,7 @@ def answered(asked: Request, answer: Answer) -> tuple[wire.ClientCore, bytes]:
 
 
 def test_read_is_one_chunk_with_both_offsets() -> None:
-    client, raw = answered(READ, ReadReply(CONTENT))
+    client, raw = answered(READ, CONTENT)
     head = "6e8a278c 0001 0001 0000000000000009 0000000000001000 00000000000003f0 0000000000001000"
     assert raw == bytes.fromhex(head) + CONTENT
     assert client.replies() == [wire.Reply(9, data=bytes(CONTENT), chunks=1)]

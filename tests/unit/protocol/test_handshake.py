@@ -78,11 +78,17 @@ def test_bad_option_magic_ends_the_connection() -> None:
         pair().say(option(Option.LIST, magic=c.IHAVEOPT + 1))
 
 
-def test_flood_of_options_ends_the_connection() -> None:
-    linked = pair()
-    linked.say(STRUCTURED * 4096)
-    with pytest.raises(ProtocolError, match="4096 options"):
-        linked.say(STRUCTURED)
+@pytest.mark.parametrize("exports", [1, 3])
+def test_flood_of_options_ends_the_connection(exports: int) -> None:
+    server = ServerConnection(exports=exports)
+    raw = wire.client_flags() + STRUCTURED * (32 + 32 * exports)
+    server.get_buffer()[: len(raw)] = raw
+    server.buffer_updated(len(raw))
+    assert server.next_event() is None
+    server.get_buffer()[: len(STRUCTURED)] = STRUCTURED
+    server.buffer_updated(len(STRUCTURED))
+    with pytest.raises(ProtocolError, match=f"more than {32 + 32 * exports} options"):
+        server.next_event()
 
 
 # --- options without an export ---------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ CONTENT = bytearray(range(250)) * 4
 
 
 def test_read_without_structured_replies_is_one_header_and_the_data() -> None:
-    client, raw = answered(READ, ReadReply(CONTENT), structured=False)
+    client, raw = answered(READ, CONTENT, structured=False)
     assert raw[:16] == bytes.fromhex("67446698 00000000 0000000000000009")
     reply = client.reply()
     assert reply is not None
@@ -209,7 +209,7 @@ def test_runs_do_not_matter_without_structured_replies() -> None:
 
 
 def test_structured_read_without_runs_is_one_chunk() -> None:
-    client, raw = answered(READ, ReadReply(CONTENT), structured=True)
+    client, raw = answered(READ, CONTENT, structured=True)
     assert raw[:28] == bytes.fromhex("668e33ef 0001 0001 0000000000000009 000003f0 0000000000001000")
     assert client.replies() == [wire.Reply(9, data=bytes(CONTENT), chunks=1)]
 
@@ -277,8 +277,8 @@ def test_replies_may_be_given_in_any_order() -> None:
     second = Request(c.CMD_READ, 0, 2, 4, 4)
     linked.client.request(c.CMD_READ, 0, 4, cookie=1)
     linked.client.request(c.CMD_READ, 4, 4, cookie=2)
-    linked.server.reply(second, ReadReply(bytearray(b"ef g")))
-    linked.server.reply(first, ReadReply(bytearray(b"abcd")))
+    linked.server.reply(second, bytearray(b"ef g"))
+    linked.server.reply(first, bytearray(b"abcd"))
     for part in linked.server.data_to_send():
         linked.client.feed(part)
     assert [(reply.cookie, reply.data) for reply in linked.client.replies()] == [(2, b"ef g"), (1, b"abcd")]

@@ -180,6 +180,20 @@ def test_a_union_that_nothing_tells_apart() -> None:
         checked(Left | Right, {"kind": "left"})
 
 
+def test_members_that_are_alike_in_all_of_a_union_tell_nothing_apart() -> None:
+    @dataclass(frozen=True, slots=True)
+    class One:
+        kind: Literal["one"]
+        mode: Literal["only"] = "only"
+
+    @dataclass(frozen=True, slots=True)
+    class Two:
+        kind: Literal["two"]
+        mode: Literal["only"] = "only"
+
+    assert checked(One | Two, {"kind": "two"}) == Two("two")
+
+
 def test_signatures_that_are_no_schema() -> None:
     registry = Registry(VERSION)
 

@@ -10,6 +10,7 @@ from nbdmirror.extents import DATA, HOLE, ZERO, ExtentList
 from nbdmirror.protocol import constants as c
 from nbdmirror.protocol.messages import Opened, Refusal, Request, StatusReply
 from nbdmirror.server import contexts
+from nbdmirror.server.buffers import BufferPool
 from nbdmirror.server.export import Export, OpenExport
 from nbdmirror.units import GiB, KiB, TiB
 
@@ -37,7 +38,8 @@ class Asked(MemoryDevice):
 
 def opened(device: MemoryDevice, bitmaps: dict[str, DirtyBitmap], names: dict[int, str] | None = None) -> OpenExport:
     export = Export("disk", device, bitmaps=bitmaps)
-    return OpenExport(export, Opened(export.info(), True, NAMES if names is None else names, extended=True))
+    opened = Opened(export.info(), True, NAMES if names is None else names, extended=True)
+    return OpenExport(export, opened, BufferPool())
 
 
 async def ask(target: OpenExport, offset: int, length: int, flags: int = 0) -> dict[int, list[tuple[int, int]]]:
