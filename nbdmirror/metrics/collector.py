@@ -53,26 +53,28 @@ class DaemonCollector:
         yield from _of_jobs(list(self._inventory.jobs.values()))
 
     def _of_exports(self) -> Iterator[Metric]:
-        size = GaugeMetricFamily("nbdmirror_export_size_bytes", "Size of the disk.", labels=["export"])
-        connections = GaugeMetricFamily("nbdmirror_nbd_connections", "Clients that have it open.", labels=["export"])
+        labels = ["export", "id"]  # two servers may have exports of one name
+        size = GaugeMetricFamily("nbdmirror_export_size_bytes", "Size of the disk.", labels=labels)
+        connections = GaugeMetricFamily("nbdmirror_nbd_connections", "Clients that have it open.", labels=labels)
         in_flight = GaugeMetricFamily(
-            "nbdmirror_nbd_inflight_requests", "Requests that wait for a disk just now.", labels=["export"]
+            "nbdmirror_nbd_inflight_requests", "Requests that wait for a disk just now.", labels=labels
         )
-        requests = CounterMetricFamily("nbdmirror_nbd_requests", "Requests answered.", labels=["export", "op"])
+        requests = CounterMetricFamily("nbdmirror_nbd_requests", "Requests answered.", labels=[*labels, "op"])
         lengths = CounterMetricFamily(
-            "nbdmirror_nbd_request_bytes", "Bytes of the requests that succeeded.", labels=["export", "op"]
+            "nbdmirror_nbd_request_bytes", "Bytes of the requests that succeeded.", labels=[*labels, "op"]
         )
-        errors = CounterMetricFamily("nbdmirror_nbd_errors", "Requests answered by an error.", labels=["export", "op", "errno"])
+        errors = CounterMetricFamily("nbdmirror_nbd_errors", "Requests answered by an error.", labels=[*labels, "op", "errno"])
         for each in self._inventory.exports.values():
             export, tally = each.export, each.export.tally
-            size.add_metric([export.name], export.device.size)
-            connections.add_metric([export.name], len(export.sessions))
-            in_flight.add_metric([export.name], tally.in_flight)
+            named = [export.name, each.id]
+            size.add_metric(named, export.device.size)
+            connections.add_metric(named, len(export.sessions))
+            in_flight.add_metric(named, tally.in_flight)
             for op, count, length in zip(OPERATIONS, tally.requests, tally.lengths, strict=True):
-                requests.add_metric([export.name, op], count)
-                lengths.add_metric([export.name, op], length)
+                requests.add_metric([*named, op], count)
+                lengths.add_metric([*named, op], length)
             for (command, error), count in tally.errors.items():
-                errors.add_metric([export.name, OPERATIONS[command], _error_name(error)], count)
+                errors.add_metric([*named, OPERATIONS[command], _error_name(error)], count)
         yield from (size, connections, in_flight, requests, lengths, errors)
 
     def _of_bitmaps(self) -> Iterator[Metric]:

@@ -82,10 +82,10 @@ async def test_what_clients_have_asked_for(daemon: Daemon, metrics: Unix) -> Non
         assert (await client.ask(CMD_READ, 4 * MiB, 512)).error == EINVAL
         assert (await client.ask(999, 0, 1)).error == EINVAL
         found = scrape(metrics)
-        assert found["nbdmirror_nbd_connections", "d"] == 1
-    requests = {key[2]: value for key, value in found.items() if key[0] == "nbdmirror_nbd_requests_total"}
-    lengths = {key[2]: value for key, value in found.items() if key[0] == "nbdmirror_nbd_request_bytes_total"}
-    errors = {key[1::2]: value for key, value in found.items() if key[0] == "nbdmirror_nbd_errors_total"}
+        assert found["nbdmirror_nbd_connections", "d", "default"] == 1
+    requests = {key[3]: value for key, value in found.items() if key[0] == "nbdmirror_nbd_requests_total"}
+    lengths = {key[3]: value for key, value in found.items() if key[0] == "nbdmirror_nbd_request_bytes_total"}
+    errors = {key[1::3]: value for key, value in found.items() if key[0] == "nbdmirror_nbd_errors_total"}
     assert {op: count for op, count in requests.items() if count} == {
         "read": 4,
         "write": 2,
@@ -95,10 +95,10 @@ async def test_what_clients_have_asked_for(daemon: Daemon, metrics: Unix) -> Non
     }
     assert {op: length for op, length in lengths.items() if length} == {"read": 12288, "write": 8704, "trim": MiB}
     assert errors == {("EINVAL", "read"): 1, ("EINVAL", "unknown"): 1}
-    assert found["nbdmirror_nbd_inflight_requests", "d"] == 0
-    assert found["nbdmirror_export_size_bytes", "d"] == 4 * MiB
+    assert found["nbdmirror_nbd_inflight_requests", "d", "default"] == 0
+    assert found["nbdmirror_export_size_bytes", "d", "default"] == 4 * MiB
     assert found["process_start_time_seconds",] > 0
-    until(lambda: scrape(metrics)["nbdmirror_nbd_connections", "d"] == 0, "the client has gone")
+    until(lambda: scrape(metrics)["nbdmirror_nbd_connections", "d", "default"] == 0, "the client has gone")
 
 
 async def test_what_is_refused_is_counted_with_its_error(disk: Path, sock_dir: Path, metrics: Unix) -> None:
@@ -107,7 +107,15 @@ async def test_what_is_refused_is_counted_with_its_error(disk: Path, sock_dir: P
             await client.open()
             for _ in range(2):
                 assert (await client.ask(CMD_WRITE_ZEROES, 0, 512)).error == EPERM
-        assert scrape(metrics)["nbdmirror_nbd_errors_total", "EPERM", "", "write_zeroes"] == 2
+        assert scrape(metrics)["nbdmirror_nbd_errors_total", "EPERM", "", "default", "write_zeroes"] == 2
+
+
+def test_exports_of_one_name(daemon: Daemon, metrics: Unix, sock_dir: Path) -> None:
+    added = run_cli("export", "add", "--qmp", daemon.control, "-k", sock_dir / "more", "--id", "again", "d")
+    assert added.returncode == 0, added.stderr
+    found = scrape(metrics)
+    assert found["nbdmirror_export_size_bytes", "d", "default"] == 4 * MiB
+    assert found["nbdmirror_export_size_bytes", "d", "again"] == 4 * MiB
 
 
 def test_a_mirror(daemon: Daemon, metrics: Unix, sock_dir: Path) -> None:
@@ -130,14 +138,15 @@ def test_a_mirror(daemon: Daemon, metrics: Unix, sock_dir: Path) -> None:
 def test_over_tcp_it_is_for_this_host(disk: Path) -> None:
     port = free_port()
     with serving(disk, "--metrics", str(port)) as daemon:
-        assert scrape(http.client.HTTPConnection("127.0.0.1", port, timeout=10))["nbdmirror_nbd_connections", ""] == 0
+        found = scrape(http.client.HTTPConnection("127.0.0.1", port, timeout=10))
+        assert found["nbdmirror_nbd_connections", "", "default"] == 0
         listening = [line.split()[1] for line in Path(f"/proc/{daemon.pid}/net/tcp").read_text().splitlines()[1:]]
         assert f"0100007F:{port:04X}" in listening
 
 
 def test_a_socket_that_was_passed(disk: Path, sock_dir: Path, metrics: Unix) -> None:
     with listening_unix(sock_dir / "m") as sock, serving(disk, **passed(sock, names="metrics")) as daemon:
-        assert scrape(metrics)["nbdmirror_nbd_connections", ""] == 0
+        assert scrape(metrics)["nbdmirror_nbd_connections", "", "default"] == 0
         assert daemon.terminate() == 0
     assert (sock_dir / "m").is_socket(), "it belongs to who made it"
 
@@ -169,7 +178,7 @@ def test_bad_manners(daemon: Daemon, metrics: Unix, sock_dir: Path) -> None:
         each.settimeout(10)
         each.connect(str(sock_dir / "m"))
         each.sendall(said)
-    assert scrape(metrics)["nbdmirror_nbd_connections", "d"] == 0
+    assert scrape(metrics)["nbdmirror_nbd_connections", "d", "default"] == 0
     assert daemon.terminate() == 0
     for each in silent:
         each.close()

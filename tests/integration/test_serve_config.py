@@ -130,6 +130,40 @@ def test_one_disk_is_open_once(site: Site) -> None:
     assert "is open already, as node 'a'" in result.stderr
 
 
+@pytest.mark.parametrize("option", ["--state-dir", "-B"])
+def test_bitmaps_of_the_command_line_are_for_one_disk(site: Site, option: str) -> None:
+    site.write("a", "b")
+    result = run_cli("serve", "--config", site.config, option, site.path / "state")
+    assert result.returncode == USAGE
+    assert "--state-dir and -B are for one disk, and there are 2 exports" in result.stderr
+    assert not (site.path / "state").exists()
+
+
+def test_bitmaps_of_the_only_disk(site: Site) -> None:
+    """A reload would leave another disk's writes unrecorded."""
+    state = site.path / "state"
+    site.write("a")
+    with site.serving("-v", "-B", "b:4k", "--state-dir", str(state)) as daemon:
+        for names in ("b", "ab"):
+            site.write(*names)
+            assert "everything stays as it was: --state-dir and -B are for" in site.reload(daemon)
+        assert exports(daemon) == ["a"]
+        assert run_cli("copy", site.path / "c", uri(daemon, "a")).returncode == 0
+        assert daemon.terminate() == 0
+    site.write("a")
+    with site.serving("-v", "--state-dir", str(state)) as daemon:
+        extents = json.loads(run("nbdinfo", "--json", "--map=qemu:dirty-bitmap:b", uri(daemon, "a")))
+        assert [(each["length"], each["type"]) for each in extents] == [(MiB, 1)]
+
+
+def test_each_export_has_an_id(site: Site) -> None:
+    site.write("a", "b")
+    with site.serving() as daemon:
+        status = json.loads(run_cli("status", "--json", "--qmp", daemon.control).stdout)
+        found = {export["id"]: export["x-uri"] for export in status["exports"]}
+        assert found == {"default": uri(daemon, "a"), "b": uri(daemon, "b")}
+
+
 # --- reloading -------------------------------------------------------------------------------------------------------
 
 
