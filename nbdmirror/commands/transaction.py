@@ -49,8 +49,8 @@ class TransactionCommands:
         drained: set[TrackedDevice] = set()
         async with AsyncExitStack() as stack:
             # Asked anew each time: while one disk is waited for, a pivot may put another filter above the next.
-            while waiting := {node.device for node in nodes} - drained:
-                device = waiting.pop()
+            while waiting := [node.device for node in nodes if node.device not in drained]:
+                device = waiting[0]
                 await stack.enter_async_context(device.drained())
                 drained.add(device)
             async with self._actions.turn:
