@@ -3,8 +3,9 @@
 Rules:
 1. Nothing is reported as ready before it listens; what can't be set up is a UsageError or DeviceError before anything listens.
 2. The end, by signal, `quit`, the end of the `--run` command or of the parent process, is one path: jobs are cancelled,
-   clients' accepted requests are finished, the disk is flushed, sockets and the pid file are removed.
+   clients' accepted requests are finished, the disks are flushed, sockets and the pid file are removed.
 3. Whatever was created is removed, also when the setting up fails half way.
+4. A reload, by SIGHUP, is checked whole before anything changes. What was wrong, and what can't change, is logged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import shlex
 import signal
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,30 +26,28 @@ from nbdmirror.commands.bitmap import BitmapCommands
 from nbdmirror.commands.bitmap_actions import BitmapActions
 from nbdmirror.commands.block import BlockCommands
 from nbdmirror.commands.control import ControlCommands
-from nbdmirror.commands.export import SERVED_EXPORT, ExportCommands
+from nbdmirror.commands.export import ExportCommands
 from nbdmirror.commands.job import JobCommands
 from nbdmirror.commands.mirror import MirrorCommands
 from nbdmirror.commands.nbd_server import NbdServerCommands
 from nbdmirror.commands.object import ObjectCommands
 from nbdmirror.commands.saved_jobs import SavedJobs
 from nbdmirror.commands.transaction import TransactionCommands
-from nbdmirror.devices.file import FileDevice
-from nbdmirror.devices.open import open_device
+from nbdmirror.disks import Disks
 from nbdmirror.errors import DeviceError, NbdMirrorError, UsageError
-from nbdmirror.inventory import Inventory, LiveBitmaps, Node
+from nbdmirror.heartbeat import Heartbeat, interval_of
+from nbdmirror.inventory import Inventory
 from nbdmirror.launch import check_writable, pid_file, tell_background, write_line
 from nbdmirror.qmp.messages import Version
 from nbdmirror.qmp.monitor import Monitor
 from nbdmirror.qmp.registry import Registry
-from nbdmirror.server.export import Export
 from nbdmirror.server.listener import Listener, allow_many_files
-from nbdmirror.server.nbd_server import BlockExport
-from nbdmirror.serving import access_of, check_exposure, check_names, server_sockets, tls_of
+from nbdmirror.serving import FIXED, access_of, check_exposure, check_names, server_sockets, tls_of
 from nbdmirror.state import set_up_bitmaps
 
 if TYPE_CHECKING:
     from nbdmirror.devices.uri import NbdEndpoint
-    from nbdmirror.serving import ServeOptions
+    from nbdmirror.serving import ServeOptions, Source
 
 _log: Final = logging.getLogger(__name__)
 
@@ -56,33 +56,39 @@ QMP_VERSION: Final = Version(10, 1, 0, f"nbdmirror {__version__}")
 _JOIN_SECONDS: Final = 10.0
 
 
-async def serve(options: ServeOptions) -> int:
-    """Serve until told to stop; returns the exit status."""
+async def serve(options: ServeOptions, source: Source | None = None) -> int:
+    """Serve until told to stop; returns the exit status. Where there is a `source`, SIGHUP asks it for other options."""
     allow_many_files()
     async with AsyncExitStack() as stack:
-        daemon = Daemon(options)
+        daemon = Daemon(options, source)
         await daemon.set_up(stack)
         await daemon.wait()
     return daemon.exit_status
 
 
 class Daemon:
-    """One disk, its export, its control sockets."""
+    """The disks, their exports, the control sockets."""
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, source: Source | None) -> None:
         check_names(options)
         self._options = options
+        self._source = source
         self._access = access_of(options)
         self._tls = tls_of(options)
         self._inventory = Inventory()
+        self._disks = Disks(self._inventory)
         self._registry = Registry(QMP_VERSION)
         self._monitor = Monitor(self._registry)
         self._stop = asyncio.Event()
+        self._reload_wanted = asyncio.Event()
         self._reason = "host-qmp-quit"
         self.exit_status = 0  # also of what fails at the end
         self._endpoints: list[NbdEndpoint] = []
+        self._served_uris: set[str] = set()
         self._saved: SavedJobs | None = None
         self._mirrors: MirrorCommands
+        interval = interval_of(os.environ)
+        self._heartbeat = None if interval is None else Heartbeat(self._status, interval)
 
     async def set_up(self, stack: AsyncExitStack) -> None:
         """Build everything; what is entered into `stack` is undone in reverse order."""
@@ -90,41 +96,44 @@ class Daemon:
         check_exposure(options, self._tls)
         if options.ready_fd is not None:
             check_writable(options.ready_fd)
-        inventory.check_node_name(options.node_name)
-        disk = await open_device(options.disk, read_only=options.read_only)
+        if options.log_level is not None:
+            logging.getLogger().setLevel(options.log_level.upper())
+        if self._heartbeat is not None:
+            stack.callback(self._heartbeat.stop)  # last of all
         stack.push_async_callback(self._close_nodes)
+        await self._disks.serve(options.disks)
         self._watch(stack)  # before there is anything that a signal could leave behind
-        node = inventory.add_node(Node(options.node_name, _driver_of(disk), disk))
-        await disk.lock()
-        stores = await set_up_bitmaps(stack, node, options.state)
-        inventory.keeper = stores or inventory.keeper
-        export = Export(
-            options.export_name,
-            node.device,
-            description=options.description,
-            read_only=options.read_only,
-            bitmaps=LiveBitmaps(inventory, node.device),
-        )
-        if options.state.directory is not None and not node.is_read_only:
-            self._saved = SavedJobs.open(options.state.directory)
+        await self._set_up_state(stack)
         self._mirrors = MirrorCommands(inventory, self._monitor.emit, self._saved)
         exports = self._register_commands()
         stack.push_async_callback(self._mirrors.aclose)
         stack.push_async_callback(self._monitor.aclose)
-        listener = self._listen(stack, export)
+        listener = self._listen(stack)
         stack.push_async_callback(exports.aclose)
-        inventory.own_uris.update(endpoint.uri for endpoint in self._endpoints)
-        inventory.exports[SERVED_EXPORT] = BlockExport(SERVED_EXPORT, export, self._uri)
         for path in options.qmp_paths:
             await self._monitor.listen(path)
         for passed in options.activated.control:
             await self._monitor.listen_on(passed)
         stack.push_async_callback(self._end_jobs)
+        await self._serve_metrics(stack)
         if options.pid_file is not None:
             stack.enter_context(pid_file(options.pid_file))
+        if self._source is not None:
+            self._reload_at_hangup(stack, self._source, listener)
         await listener.start()
         self._mirrors.resume_all(options.resume)
         self._say_ready()
+
+    async def _set_up_state(self, stack: AsyncExitStack) -> None:
+        """The bitmaps and the saved jobs, which only a disk that is alone has."""
+        options, inventory = self._options, self._inventory
+        if not options.keeps_bitmaps:
+            return
+        node = inventory.node(options.disks[0].node_name)
+        stores = await set_up_bitmaps(stack, node, options.state)
+        inventory.keeper = stores or inventory.keeper
+        if options.state.directory is not None and not node.is_read_only:
+            self._saved = SavedJobs.open(options.state.directory)
 
     def _register_commands(self) -> ExportCommands:
         registry, inventory, emit = self._registry, self._inventory, self._monitor.emit
@@ -151,22 +160,54 @@ class Daemon:
         else:
             await self._run_command(self._options.run)
         _log.info("shutting down")
-        systemd.notify("STOPPING=1")
+        if self._heartbeat is not None:
+            self._heartbeat.ending()
         self._monitor.emit("SHUTDOWN", {"guest": False, "reason": self._reason})
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
-    def _listen(self, stack: AsyncExitStack, export: Export) -> Listener:
+    def _listen(self, stack: AsyncExitStack) -> Listener:
         options = self._options
         sockets, limit = server_sockets(options), options.max_clients
-        listener = Listener(sockets, {export.name: export}, max_clients=limit, tls=self._tls, access=self._access)
+        listener = Listener(sockets, self._disks.exports, max_clients=limit, tls=self._tls, access=self._access)
         stack.push_async_callback(listener.aclose)
-        self._endpoints = listener.endpoints(export.name)
+        self._endpoints = listener.endpoints(options.disks[0].export_name)
+        self._note_uris()
         return listener
+
+    def _status(self) -> str:
+        """What there is, on a line."""
+        exports = [each.export for each in self._inventory.exports.values()]
+        parts = [f"exports: {len(exports)}", f"clients: {sum(len(export.sessions) for export in exports)}"]
+        parts += [f"job {job.id}: {job.status}" for job in self._inventory.jobs.values()]
+        return ", ".join(parts)
+
+    async def _serve_metrics(self, stack: AsyncExitStack) -> None:
+        options = self._options
+        if options.metrics is None and not options.activated.metrics:
+            return
+        from nbdmirror.metrics import collector, endpoint  # noqa: PLC0415  only who wants it waits for it
+
+        registry = collector.registry(self._inventory)
+        sockets = options.activated.metrics or [endpoint.listen(str(options.metrics))]
+        metrics = endpoint.MetricsEndpoint(registry, sockets)
+        stack.push_async_callback(metrics.aclose)
+        await metrics.start()
+
+    def _note_uris(self) -> None:
+        """Let the inventory know where the disks' exports can be reached; the NBD server's it knows."""
+        inventory = self._inventory
+        uris = {name: [replace(each, export=name).uri for each in self._endpoints] for name in self._disks.exports}
+        inventory.own_uris -= self._served_uris
+        self._served_uris = {uri for found in uris.values() for uri in found}
+        inventory.own_uris |= self._served_uris
+        for each in inventory.exports.values():
+            if each.server is None:
+                each.uri = uris[each.export.name][0]
 
     @property
     def _uri(self) -> str:
-        """Where the disk is served; the first place where there are several."""
+        """Where the first disk is served, at the first place where there are several."""
         return self._endpoints[0].uri
 
     def _watch(self, stack: AsyncExitStack) -> None:
@@ -187,6 +228,56 @@ class Daemon:
         self._reason = "host-signal"
         self._stop.set()
 
+    # --- reloading -------------------------------------------------------------------------------------------------
+
+    def _reload_at_hangup(self, stack: AsyncExitStack, source: Source, listener: Listener) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        task = asyncio.get_running_loop().create_task(self._keep_reloading(source, listener))
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.wait((task,))
+
+        stack.push_async_callback(end)
+
+    async def _keep_reloading(self, source: Source, listener: Listener) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted.clear()
+            systemd.notify_reloading()
+            try:
+                with source.blamed():
+                    await self._reload(source.read(), listener)
+            except NbdMirrorError as error:
+                _log.error("reload: everything stays as it was: %s", error)
+            except Exception:
+                _log.exception("reload: failed because of a fault in nbdmirror")
+            systemd.notify("READY=1")
+
+    async def _reload(self, wanted: ServeOptions, listener: Listener) -> None:
+        """Do as these options say from now on; raises NbdMirrorError, and then nothing has changed."""
+        check_names(wanted)
+        access, tls = access_of(wanted), tls_of(wanted)
+        check_exposure(wanted, tls)
+        if wanted.keeps_bitmaps and self._disks.would_change(wanted.disks):
+            raise UsageError("--state-dir and -B are for the disk that the daemon was started with; restart it for another")
+        await self._disks.serve(wanted.disks)
+        fixed = [name for field, name in FIXED.items() if getattr(wanted, field) != getattr(self._options, field)]
+        if tls.mode is self._tls.mode:
+            self._tls = tls
+        else:
+            fixed.append("tls.mode")
+        for name in fixed:
+            _log.warning("reload: %s counts from the next start on", name)
+        self._access = access
+        listener.change(max_clients=wanted.max_clients, tls=self._tls, access=access)
+        if wanted.log_level is not None:
+            logging.getLogger().setLevel(wanted.log_level.upper())
+        self._note_uris()
+        _log.info("reloaded; exports: %s", ", ".join(map(repr, self._disks.exports)))
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
     def _say_ready(self) -> None:
         line, options = f"READY {self._uri}\n", self._options
         if options.ready_fd is not None:
@@ -201,7 +292,8 @@ class Daemon:
         else:
             with suppress(BrokenPipeError):  # past Python's buffer, which would be flushed, and fail, once more at the end
                 os.write(1, line.encode())
-        systemd.notify("READY=1")
+        if self._heartbeat is not None:
+            self._heartbeat.start()
 
     async def _run_command(self, command: str) -> None:
         """Run a shell command with the addresses in its environment; its exit status is ours."""
@@ -254,9 +346,3 @@ class Daemon:
                 _log.error("what was written last may not be durable: %s", error or f"{node.disk.name} does not answer")
                 self.exit_status = self.exit_status or 1
             await node.disk.aclose()
-
-
-def _driver_of(disk: object) -> str:
-    if not isinstance(disk, FileDevice):
-        return "nbd"
-    return "host_device" if disk.is_block else "file"

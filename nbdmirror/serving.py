@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from nbdmirror.commands.saved_jobs import Resume
 from nbdmirror.devices.uri import DEFAULT_PORT
@@ -23,33 +23,68 @@ from nbdmirror.systemd import Activated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from nbdmirror.sockets import ServerSocket
 
+DEFAULT_NODE_NAME: Final = "source"
+# The options that say where to listen, by their parameters' names.
+LISTENING: Final = frozenset(("socket", "port", "bind", "vsock"))
 _LOOPBACK: Final = "127.0.0.1"
+_MAX_U32: Final = 2**32 - 1
+
+
+# The options that count at the start alone, and what the configuration file calls them.
+FIXED: Final = {
+    "socket_path": "server.socket",
+    "port": "server.port",
+    "bind": "server.bind",
+    "vsock": "server.vsock",
+    "qmp_paths": "server.qmp",
+    "pid_file": "server.pid_file",
+    "metrics": "metrics.listen",
+}
+
+
+class Source(Protocol):
+    """Where options come from that may change while the daemon runs."""
+
+    def read(self) -> ServeOptions:
+        """The options as they are now; raises UsageError."""
+
+    def blamed(self) -> AbstractContextManager[None]:
+        """Lets a UsageError say where the option stands that it is about."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskOptions:
+    """A disk that is to be served: a path or an NBD URI, its node, and its export."""
+
+    disk: str
+    node_name: str = DEFAULT_NODE_NAME
+    export_name: str = ""
+    description: str = ""
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """What `serve` was asked for.
 
+    `log_level` is None where the command line has said it, and `metrics` where there are to be none.
     At most one of `socket_path`, `port` (with `bind`) and `vsock` (CID or None for any, and port) is set, and none
     with sockets for NBD that were passed; without any it is TCP on this host. File descriptors: `ready_fd`
     gets the READY line, `background_fd`, too, once stdio has been left behind, and `parent_fd` is readable at the parent's end.
     """
 
-    disk: str
+    disks: tuple[DiskOptions, ...]
     socket_path: str | None = None
     port: int | None = None
     bind: str | None = None
     vsock: tuple[int | None, int] | None = None
     activated: Activated = field(default_factory=Activated)
     insecure: bool = False
-    export_name: str = ""
-    description: str = ""
-    read_only: bool = False
     max_clients: int = 0
-    node_name: str = "source"
     qmp_paths: tuple[str, ...] = ()
     run: str | None = None
     ready_fd: int | None = None
@@ -64,6 +99,13 @@ class ServeOptions:
     allow_dn: tuple[str, ...] = ()
     state: StateOptions = field(default_factory=StateOptions)
     resume: Resume = Resume.AUTO
+    metrics: str | None = None
+    log_level: str | None = None
+
+    @property
+    def keeps_bitmaps(self) -> bool:
+        """Whether a disk has bitmaps from the start on, or bitmaps and jobs that outlive the daemon."""
+        return self.state.directory is not None or bool(self.state.bitmaps)
 
     @property
     def is_tcp(self) -> bool:
@@ -84,12 +126,27 @@ def check_names(options: ServeOptions) -> None:
     named = [option for option, is_given in given.items() if is_given]
     if named and options.activated.nbd:
         raise UsageError(f"{' and '.join(named)}: the service manager has passed a socket to listen on; leave it out")
+    if options.metrics is not None and options.activated.metrics:
+        raise UsageError("--metrics: the service manager has passed a socket for metrics; leave it out")
     if len(named) > 1 and named != ["-p", "-b"]:
         raise UsageError(f"{' and '.join(named)} exclude each other: a Unix socket (-k), TCP (-p, -b) or a vsock (--vsock)")
     if options.socket_path is not None and options.socket_path in options.qmp_paths:
         raise UsageError(f"'{options.socket_path}' can't be both the NBD socket and a control socket")
-    if max(len(options.export_name.encode()), len(options.description.encode())) > MAX_STRING:
+    if any(max(len(disk.export_name.encode()), len(disk.description.encode())) > MAX_STRING for disk in options.disks):
         raise UsageError(f"export name and description are at most {MAX_STRING} bytes each")
+    if len(options.disks) > 1 and options.keeps_bitmaps:
+        raise UsageError(
+            f"--state-dir and -B are for one disk, and there are {len(options.disks)} exports; give it a daemon of its own"
+        )
+
+
+def parse_vsock(text: str) -> tuple[int | None, int]:
+    """[CID:]PORT; raises UsageError."""
+    # No port 0: the kernel's choice has ten digits, which libnbd does not take in a URI.
+    *cid, port = (int(part) if part.isdecimal() and part.isascii() else 0 for part in text.split(":"))
+    if len(cid) > 1 or not all(0 < number <= _MAX_U32 for number in (*cid, port)):
+        raise UsageError(f"'{text}' is not [CID:]PORT, which are numbers from 1 on")
+    return (cid[0] if cid else None), port
 
 
 def server_sockets(options: ServeOptions) -> Sequence[ServerSocket]:
@@ -140,7 +197,7 @@ def check_exposure(options: ServeOptions, tls: Tls) -> None:
         if not _is_loopback(address):
             raise UsageError(
                 f"serving on {address} without TLS lets anybody on the network read and write the disk; "
-                "bind to 127.0.0.1, require TLS with --tls-certificates, or add --insecure if the network is yours alone"
+                "bind (-b) to 127.0.0.1, require TLS with --tls-certificates, or add --insecure if the network is yours alone"
             )
 
 

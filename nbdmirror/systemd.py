@@ -3,8 +3,8 @@
 Rules:
 1. Sockets are ours only if LISTEN_PID says so. They are closed on exec and the variables are removed, so that
    no child takes them for its own.
-2. A socket says by its name in LISTEN_FDNAMES what it is for: `nbd` or `control`. One alone needs no name. Whatever can't be
-   served is refused by its number, before anything listens.
+2. A socket says by its name in LISTEN_FDNAMES what it is for: `nbd`, `control` or `metrics`. One alone needs no name.
+   Whatever can't be served is refused by its number, before anything listens.
 3. What was passed belongs to who passed it: a Unix socket's file is not removed at the end.
 4. News are sent and forgotten: a service manager that does not listen is no reason to stop.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,7 @@ _FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 _NBD: Final = "nbd"
 _CONTROL: Final = "control"
+_METRICS: Final = "metrics"
 # Where libnbd makes the socket of a captive server. Nothing else tells it from a service manager with one socket.
 _LIBNBD: Final = re.compile(r".*/libnbd\w{6}/sock")
 
@@ -41,10 +43,11 @@ class Activated:
 
     nbd: tuple[ServerSocket, ...] = ()
     control: tuple[ServerSocket, ...] = ()
+    metrics: tuple[ServerSocket, ...] = ()
     is_captive: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.nbd or self.control)
+        return bool(self.nbd or self.control or self.metrics)
 
 
 def take_sockets(environment: MutableMapping[str, str]) -> Activated:
@@ -56,11 +59,11 @@ def take_sockets(environment: MutableMapping[str, str]) -> Activated:
         raise UsageError(f"LISTEN_FDS is '{count}', which is no number of sockets")
     fds = range(_FIRST_FD, _FIRST_FD + int(count))
     purposes = _purposes(len(fds), names)
-    found: dict[str, list[ServerSocket]] = {_NBD: [], _CONTROL: []}
+    found: dict[str, list[ServerSocket]] = {_NBD: [], _CONTROL: [], _METRICS: []}
     for fd, purpose in zip(fds, purposes, strict=True):
         found[purpose].append(ServerSocket(_listening_socket(fd, purpose)))
     is_captive = len(fds) == 1 and _LIBNBD.fullmatch(str(found[purposes[0]][0].sock.getsockname())) is not None
-    return Activated(tuple(found[_NBD]), tuple(found[_CONTROL]), is_captive)
+    return Activated(tuple(found[_NBD]), tuple(found[_CONTROL]), tuple(found[_METRICS]), is_captive)
 
 
 def _purposes(count: int, names: str) -> list[str]:
@@ -71,9 +74,10 @@ def _purposes(count: int, names: str) -> list[str]:
     if count == 1 and _is_no_name(given[0]):
         return [_NBD]
     for fd, name in enumerate(given, _FIRST_FD):
-        if name not in (_NBD, _CONTROL):
+        if name not in (_NBD, _CONTROL, _METRICS):
             raise UsageError(
-                f"socket {fd} that was passed is named '{name}': name it {_NBD} or {_CONTROL} (FileDescriptorName= of systemd)"
+                f"socket {fd} that was passed is named '{name}': "
+                f"name it {_NBD}, {_CONTROL} or {_METRICS} (FileDescriptorName= of systemd)"
             )
     return given
 
@@ -107,6 +111,11 @@ def _check(sock: socket.socket, purpose: str) -> None:
         raise UsageError(f"{what} is neither a Unix socket nor TCP nor a vsock")
     if purpose == _NBD and sock.family == socket.AF_UNIX and not isinstance(sock.getsockname(), str):
         raise UsageError(f"{what} has an abstract name, which no NBD URI can say; give it a path")
+
+
+def notify_reloading() -> None:
+    """Say that a reload begins; READY=1 ends it."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def notify(state: str) -> None:

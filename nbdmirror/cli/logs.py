@@ -96,6 +96,12 @@ def _note(context: click.Context, param: click.Parameter, value: Any) -> None:  
     _set_up(logging.ERROR if noted["quiet"] else _LEVELS[min(noted["verbose"], 2)], noted["log"])
 
 
+def level_was_given(context: click.Context) -> bool:
+    """Whether -v or -q says how much is logged."""
+    noted: dict[str, Any] = context.find_root().meta[_META]
+    return bool(noted["verbose"]) or noted["quiet"]
+
+
 @contextmanager
 def logging_to_stderr() -> Iterator[None]:
     """Log as the options say, while the context lasts; warnings and errors until there are any."""

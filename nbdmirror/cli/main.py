@@ -43,6 +43,8 @@ _MODULES: Final = {
     "qmp": "control",
     "events": "control",
     "demo": "demo",
+    "completion": "completion",
+    "man": "man",
     "version": "version",
 }
 

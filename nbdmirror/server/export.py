@@ -24,6 +24,7 @@ from nbdmirror.protocol.transmission import refusal_of
 from nbdmirror.server.budget import LARGE
 from nbdmirror.server.buffers import ReadBuffers
 from nbdmirror.server.contexts import block_status, context_names
+from nbdmirror.server.tally import Tally
 from nbdmirror.units import KiB
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Export:
         self.allocation_depth = allocation_depth
         self.writethrough = writethrough
         self.sessions: set[Session] = set()
+        self.tally = Tally()
 
     def info(self) -> ExportInfo:
         """What a client is told when it opens the export."""

@@ -137,6 +137,10 @@ class Listener:
         name = self._sockets[0].sock.getsockname()
         return name if isinstance(name, str) else (name[0], name[1])
 
+    def change(self, *, max_clients: int, tls: Tls, access: Access) -> None:
+        """Meet clients that come from now on by these."""
+        self._max_clients, self._tls, self._access = max_clients, tls, access
+
     def endpoints(self, name: str) -> list[NbdEndpoint]:
         """Where clients find an export of that name, by each of the sockets."""
         tls = ClientTls() if self._tls.mode is TlsMode.REQUIRE else None

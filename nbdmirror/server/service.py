@@ -81,6 +81,7 @@ class Service:
 
     def __init__(self, connection: ServerConnection, opened: OpenExport, shared: Shared, link: Link) -> None:
         self.opened = opened
+        self._tally = opened.export.tally
         self.working = 0  # tasks that do not wait for their turn
         self._connection = connection
         self._link = link
@@ -99,36 +100,44 @@ class Service:
         """Serve what has been received, as far as the bounds allow."""
         connection, serve_now = self._connection, self._serve_now
         next_request, reply_content, reply_done = connection.next_request, connection.reply_content, connection.reply_done
-        gathered = 0
+        reads = read = writes = written = 0
+        early = _BATCH_BYTES
         is_full = self._is_full()
-        while not is_full:
-            request = next_request()
-            if request is None:
-                if not connection.awaits_room:
-                    return After.READ_ON
-                is_full = not self._has_room(connection.awaits_room)
-                continue
-            if request[0] == CMD_DISC:
-                return After.CLOSE
-            answer = serve_now(request)
-            if answer is DONE:
-                reply_done(request)
-                if request[4] > IN_WINDOW:
-                    self._give_back(request)
-            elif type(answer) is bytearray:
-                reply_content(request, answer)
-                gathered += len(answer)
-                if gathered > _BATCH_BYTES:
-                    self._link.send()
-                    gathered = 0
+        try:
+            while not is_full:
+                request = next_request()
+                if request is None:
+                    if not connection.awaits_room:
+                        return After.READ_ON
+                    is_full = not self._has_room(connection.awaits_room)
+                    continue
+                if request[0] == CMD_DISC:
+                    return After.CLOSE
+                answer = serve_now(request)
+                if answer is DONE:  # at once, so it is a WRITE
+                    reply_done(request)
+                    writes += 1
+                    written += request[4]
+                    if request[4] > IN_WINDOW:
+                        self._give_back(request)
+                elif type(answer) is bytearray:
+                    reply_content(request, answer)
+                    reads += 1
+                    read += request[4]
+                    if read > early:
+                        self._link.send()
+                        early = read + _BATCH_BYTES
+                        is_full = self._is_full()
+                elif answer is not None:
+                    connection.reply(request, answer)
+                    self._tally.add(request, answer)
+                    if request.command == CMD_WRITE:
+                        self._share.incoming_ends()
+                else:
+                    self._defer(request)
                     is_full = self._is_full()
-            elif answer is not None:
-                connection.reply(request, answer)
-                if request.command == CMD_WRITE:
-                    self._share.incoming_ends()
-            else:
-                self._defer(request)
-                is_full = self._is_full()
+        finally:
+            self._tally.add_batch(reads, read, writes, written)
         return After.HOLD
 
     def _give_back(self, request: Request) -> None:
@@ -162,7 +171,12 @@ class Service:
             work = self._serve_large_read(request, self._share.ask(length))
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tally.in_flight += 1
+        task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._tally.in_flight -= 1
 
     async def _serve(self, request: Request, weight: int) -> None:
         await self._answer(request)
@@ -190,7 +204,9 @@ class Service:
     async def _answer(self, request: Request) -> None:
         self.working += 1
         try:
-            self._connection.reply(request, await self.opened.serve(request))
+            answer = await self.opened.serve(request)
+            self._connection.reply(request, answer)
+            self._tally.add(request, answer)
         except Exception:
             _log.exception("%s: dropped because of a fault in the server while serving %r", self._link.peer, request)
             self._link.abort()

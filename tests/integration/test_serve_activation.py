@@ -122,9 +122,9 @@ def refused(disk: Path, *args: str | Path, **how: Any) -> str:
 @pytest.mark.parametrize(
     ("count", "names", "said"),
     [
-        (1, "metrics", "socket 3 that was passed is named 'metrics': name it nbd or control"),
-        (2, "nbd:qmp", "socket 4 that was passed is named 'qmp': name it nbd or control"),
-        (2, None, "socket 3 that was passed is named '': name it nbd or control"),
+        (1, "scrape", "socket 3 that was passed is named 'scrape': name it nbd, control or metrics"),
+        (2, "nbd:qmp", "socket 4 that was passed is named 'qmp': name it nbd, control or metrics"),
+        (2, None, "socket 3 that was passed is named '': name it nbd, control or metrics"),
         (2, "nbd", "LISTEN_FDS passes 2 sockets and LISTEN_FDNAMES names 1: 'nbd'"),
     ],
 )
