@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import shlex
@@ -336,6 +337,8 @@ class Daemon:
             if node.child is not None:
                 continue
             try:
+                if node.disk.is_away:  # and is not waited for at the end
+                    raise DeviceError(errno.ENOTCONN, node.disk.name)
                 if not node.disk.capabilities.read_only:
                     async with asyncio.timeout(_JOIN_SECONDS):
                         await node.disk.flush()

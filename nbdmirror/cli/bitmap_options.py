@@ -10,6 +10,7 @@ import click
 from nbdmirror.bitmap.image import Sync
 from nbdmirror.bitmap.named import MAX_NAME
 from nbdmirror.bitmap.store import OnInconsistent
+from nbdmirror.cli.options import WORD
 from nbdmirror.errors import UsageError
 from nbdmirror.state import BitmapRequest, StateOptions
 from nbdmirror.units import GiB, parse_size
@@ -25,7 +26,7 @@ _OPTIONS: Final = (
     click.option(
         "-B",
         "--bitmap",
-        "bitmaps",
+        type=WORD,
         multiple=True,
         metavar="NAME[:GRANULARITY]",
         help="A bitmap of what is written, loaded or made, shown as qemu:dirty-bitmap:NAME; repeatable.  [default: 64k]",
@@ -52,9 +53,9 @@ def state_options(command: Callable[..., int]) -> Callable[..., int]:
 
     @wraps(command)
     def with_state(
-        *, state_dir: str | None, bitmaps: tuple[str, ...], bitmap_sync: str, on_inconsistent: str, **rest: object
+        *, state_dir: str | None, bitmap: tuple[str, ...], bitmap_sync: str, on_inconsistent: str, **rest: object
     ) -> int:
-        requests = tuple(map(parse_request, bitmaps))
+        requests = tuple(map(parse_request, bitmap))
         names = [request.name for request in requests]
         if len(set(names)) < len(names):
             raise UsageError("-B names a bitmap twice; once is enough")

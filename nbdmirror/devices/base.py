@@ -96,6 +96,11 @@ class BlockDevice(ABC):
     def abandoned(self, offset: int, length: int) -> None:  # noqa: B027  only who tells observers has anything to do
         """A write of the range was announced and never came whole: it has changed nothing."""
 
+    @property
+    def is_away(self) -> bool:
+        """Whether what it is made of can't be reached just now, so that requests wait."""
+        return False
+
     def identity(self) -> str:
         """What tells this disk from others, after a restart, too (`devices.identity`)."""
         return self.name

@@ -180,6 +180,11 @@ class NbdDevice(BlockDevice):
             extents.add(size, flags & (HOLE | ZERO))
         return extents if len(extents) else ExtentList.all_data(offset, length)
 
+    @property
+    def is_away(self) -> bool:
+        """See BlockDevice."""
+        return self.link.is_reconnecting
+
     def identity(self) -> str:
         """See BlockDevice."""
         return identity_of_export(self.name)

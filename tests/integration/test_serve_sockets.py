@@ -225,7 +225,7 @@ def test_a_vsock_is_listened_on_and_its_uri_printed(disk: Path) -> None:
         assert match is not None
         assert 0 < int(match[1]) < 2**32 - 1, "an address that somebody can connect to"
         assert int(match[2]) == port
-        result = run_cli("serve", disk, "--vsock", str(port))
+        result = run_cli("serve", "-r", make_disk(disk.with_name("other"), MiB), "--vsock", str(port))
         assert (result.returncode, result.stdout) == (FAILED, "")
         assert result.stderr == f"nbdmirror: cannot listen on vsock port {port}: Address already in use\n"
 
