@@ -3,8 +3,7 @@
 Rules:
 1. The steps of a unit begin together after its source was read, and the unit is done when all of them are. The caller holds
    the unit's chunks, so nobody else touches them on the target meanwhile.
-2. Data that turns out to be zeroes is sent as zeroes; zeroes go where the target is not known to read as zero already. There,
-   short zeroes among much data travel as data: a disk that a guest writes to at random would be punched to pieces.
+2. Data that turns out to be zeroes is sent as zeroes; zeroes go where the target is not known to read as zero already.
 3. The zero map is told before data is sent and after zeroes have arrived.
 4. No more is in flight than the way to the target can hold: what waits at its end falls out of the processor's cache, and
    keeps a server on this machine from the processor that everybody shares.
@@ -43,9 +42,6 @@ _COARSE_GRAIN: Final = 64 * KiB
 DEFAULT_REQUEST_SIZE: Final = MiB
 DEFAULT_REQUESTS: Final = 16
 DEFAULT_BUFFER: Final = DEFAULT_REQUESTS * DEFAULT_REQUEST_SIZE
-# A unit of more steps than this has its shorter zeroes joined with the data around them: a request costs as much as 64 KiB do.
-_MOST_STEPS: Final = 16
-_SHORT_ZERO: Final = 64 * KiB
 # In flight to a target that answers within this many seconds: enough for 10 Gbit/s. A copy to a server on the same machine took
 # 0.75 of the time that it did with 16 MiB, and 0.9 of the CPU time.
 _NEAR_BUFFER: Final = 4 * MiB
@@ -148,8 +144,6 @@ class Copier:
     async def _send(self, unit: Unit, buffer: bytearray, start: int, *, known_zero: bool) -> None:
         view = memoryview(buffer)
         steps = self._refined(unit, buffer, start)
-        if not known_zero and len(steps) > _MOST_STEPS:
-            steps = _joined(steps)
         if any(isinstance(step, Copy) for step in steps):
             self._zero_map.clear(unit.offset, unit.length)
         work = [
@@ -235,16 +229,6 @@ def _append(steps: list[Step], step: Step) -> None:
         steps[-1] = type(step)(last.offset, last.length + step.length)
     else:
         steps.append(step)
-
-
-def _joined(steps: list[Step]) -> list[Step]:
-    """The steps with short zeroes as data, where they are between data: what was read holds them, too."""
-    joined = steps[:1]
-    for step in steps[1:-1]:
-        is_short = isinstance(step, Zero) and step.length < _SHORT_ZERO and isinstance(joined[-1], Copy)
-        _append(joined, Copy(step.offset, step.length) if is_short else step)
-    _append(joined, steps[-1])
-    return joined
 
 
 def _data_runs(buffer: bytearray, start: int, length: int, grain: int) -> list[tuple[int, int, bool]]:
